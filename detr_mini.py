@@ -27,12 +27,10 @@ def box_cxcywh_to_xyxy(boxes):
     cx, cy, w, h = boxes.unbind(-1)
     return torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), dim=-1)
 
-
 def box_xyxy_to_cxcywh(boxes):
     """Corners to centre and size, (..., 4) to (..., 4), in whatever unit the boxes are."""
     x0, y0, x1, y1 = boxes.unbind(-1)
     return torch.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), dim=-1)
-
 
 def _areas(boxes1, boxes2):
     """Areas of intersection and union of every pair, (..., N, M) each."""
@@ -41,12 +39,10 @@ def _areas(boxes1, boxes2):
     intersection = overlap.prod(-1)                                                 # (..., N, M)
     return intersection, (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
 
-
 def box_iou(boxes1, boxes2):
     """Intersection over union of every pair of x0 y0 x1 y1 boxes: (..., N, 4), (..., M, 4) to (..., N, M) in [0, 1]."""
     intersection, union = _areas(boxes1, boxes2)
     return intersection / union
-
 
 def generalized_box_iou(boxes1, boxes2):
     """GIoU of every pair of x0 y0 x1 y1 boxes, (..., N, 4), (..., M, 4) to (..., N, M) in [-1, 1] (paper: A.2).
@@ -81,12 +77,10 @@ class FrozenBatchNorm2d(nn.Module):
         scale, shift = scale_and_shift(self)
         return x * scale[:, None, None] + shift[:, None, None]
 
-
 def scale_and_shift(norm):
     """With constant statistics, batch norm is x * scale + shift: (C,), (C,)."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
-
 
 def conv_norm(x, conv, norm):
     """`norm(conv(x))`. A constant norm is folded into the convolution's weight, so that no activation is touched twice."""
@@ -94,7 +88,6 @@ def conv_norm(x, conv, norm):
         return norm(conv(x))
     scale, shift = scale_and_shift(norm)
     return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding, conv.dilation)
-
 
 class BasicBlock(nn.Module):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
@@ -113,7 +106,6 @@ class BasicBlock(nn.Module):
         shortcut = conv_norm(x, *self.downsample) if hasattr(self, "downsample") else x
         x = conv_norm(x, self.conv1, self.bn1).relu_()
         return conv_norm(x, self.conv2, self.bn2).add_(shortcut).relu_()
-
 
 class Bottleneck(nn.Module):
     """The residual block of ResNet-50 and 101: 1x1 down, 3x3, 1x1 up to four times the width."""
@@ -136,7 +128,6 @@ class Bottleneck(nn.Module):
         x = conv_norm(x, self.conv2, self.bn2).relu_()
         return conv_norm(x, self.conv3, self.bn3).add_(shortcut).relu_()
 
-
 class ResNet(nn.Module):
     """The backbone: images (B, 3, H, W) to features (B, num_channels, H/stride, W/stride), sizes rounded up.
 
@@ -145,7 +136,6 @@ class ResNet(nn.Module):
     With the frozen norm, made for pre-trained weights, stem and first stage are not trained (paper: A.4); to train
     from scratch take `norm=nn.BatchNorm2d`: the names of the weights are the same.
     """
-
     def __init__(self, block, layers, width=64, dilation=False, norm=FrozenBatchNorm2d):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
@@ -153,14 +143,12 @@ class ResNet(nn.Module):
         self.stride, self.num_channels = 4, width
         self.stages = [f"layer{i + 1}" for i in range(len(layers))]
         for i, (stage, depth) in enumerate(zip(self.stages, layers)):
-            dilate = dilation and i == len(layers) - 1
-            stride, blocks = 1 if i == 0 or dilate else 2, []
-            for j in range(depth):
-                first = j == 0
-                blocks.append(block(self.num_channels, width * 2**i, stride if first else 1, 2 if dilate and not first else 1, norm))
-                self.num_channels = width * 2**i * block.expansion
-            self.add_module(stage, nn.Sequential(*blocks))
-            self.stride *= stride
+            dilate = dilation and stage == self.stages[-1]
+            stride, planes = 1 if i == 0 or dilate else 2, width * 2**i
+            first = block(self.num_channels, planes, stride, 1, norm)
+            self.stride, self.num_channels = self.stride * stride, planes * block.expansion
+            rest = (block(self.num_channels, planes, 1, 2 if dilate else 1, norm) for _ in range(depth - 1))
+            self.add_module(stage, nn.Sequential(first, *rest))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -175,7 +163,6 @@ class ResNet(nn.Module):
             x = getattr(self, stage)(x)
         return x
 
-
 RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)),
            "resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3))}
 
@@ -188,7 +175,6 @@ class PositionEmbeddingSine(nn.Module):
     Rows and columns are counted from 1 over real pixels only, so padding moves nothing, and scaled to (0, 2 pi], so
     that the same code means the same relative place in an image of any size.
     """
-
     def __init__(self, channels_per_axis=128, temperature=10000):
         super().__init__()
         self.channels_per_axis, self.temperature = channels_per_axis, temperature
@@ -212,7 +198,6 @@ class MultiheadAttention(nn.Module):
 
     Set `keep_weights` to find the attention of the last call, (B, heads, N, S), in `weights`: for a picture.
     """
-
     def __init__(self, d, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout, self.keep_weights = heads, dropout, False
@@ -237,10 +222,8 @@ class MultiheadAttention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, attend, self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
-
 class TransformerEncoderLayer(nn.Module):
     """Every cell looks at every cell, then thinks by itself. Positions are added to q and k in each layer, never to v."""
-
     def __init__(self, d, heads, dim_feedforward, dropout):
         super().__init__()
         self.self_attn = MultiheadAttention(d, heads, dropout)
@@ -253,11 +236,9 @@ class TransformerEncoderLayer(nn.Module):
         x = self.norm1(x + self.dropout(self.self_attn(q, k, x, attend)))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu_()))))
 
-
 class TransformerDecoderLayer(nn.Module):
     """Queries agree among themselves who takes what, then look at the image, then think. The learned queries are
     added like positions: to q and k of the self-attention, to q of the cross-attention."""
-
     def __init__(self, d, heads, dim_feedforward, dropout):
         super().__init__()
         self.self_attn = MultiheadAttention(d, heads, dropout)
@@ -272,55 +253,35 @@ class TransformerDecoderLayer(nn.Module):
         x = self.norm2(x + self.dropout(self.multihead_attn(x + queries, memory_pos, memory, attend)))
         return self.norm3(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu_()))))
 
-
-class TransformerEncoder(nn.Module):
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x, pos, attend):
-        for layer in self.layers:
-            x = layer(x, pos, attend)
-        return x
-
-
-class TransformerDecoder(nn.Module):
-    def __init__(self, layers, norm):
-        super().__init__()
-        self.layers, self.norm = nn.ModuleList(layers), norm
-
-    def forward(self, queries, memory, pos, attend, every_layer):
-        x, memory_pos, outputs = torch.zeros_like(queries), memory + pos, []
-        for layer in self.layers:
-            x = layer(x, queries, memory, memory_pos, attend)
-            outputs.append(x)
-        return self.norm(torch.stack(outputs if every_layer else outputs[-1:]))     # one norm for all layers
-
-
 class Transformer(nn.Module):
     """Encoder and decoder, post-norm (paper: A.3, Fig. 10)."""
-
     def __init__(self, d, heads, enc_layers, dec_layers, dim_feedforward, dropout):
         super().__init__()
         layer = d, heads, dim_feedforward, dropout
-        self.encoder = TransformerEncoder(TransformerEncoderLayer(*layer) for _ in range(enc_layers))
-        self.decoder = TransformerDecoder((TransformerDecoderLayer(*layer) for _ in range(dec_layers)), nn.LayerNorm(d))
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(TransformerEncoderLayer(*layer) for _ in range(enc_layers))})
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList(TransformerDecoderLayer(*layer) for _ in range(dec_layers)),
+                                      "norm": nn.LayerNorm(d)})
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, x, pos, attend, queries, every_layer=True):
-        """x (B, S, d), pos (B or 1, S, d), attend (B, 1, 1, S) bool or None, queries (N, d) to (L, B, N, d),
+    def forward(self, memory, pos, attend, queries, every_layer=True):
+        """memory (B, S, d), pos (B or 1, S, d), attend (B, 1, 1, S) bool or None, queries (N, d) to (L, B, N, d),
         or to (1, B, N, d), the last layer's alone, unless `every_layer`."""
-        memory = self.encoder(x, pos, attend)
-        return self.decoder(queries.expand(len(x), -1, -1), memory, pos, attend, every_layer)
+        for layer in self.encoder.layers:
+            memory = layer(memory, pos, attend)
+        queries = queries.expand(len(memory), -1, -1)                               # (B, N, d)
+        x, memory_pos, outputs = torch.zeros_like(queries), memory + pos, []
+        for layer in self.decoder.layers:
+            x = layer(x, queries, memory, memory_pos, attend)
+            outputs.append(x)
+        return self.decoder.norm(torch.stack(outputs if every_layer else outputs[-1:]))   # one norm for all layers
 
 
 # ---- 5. DETR (3.2) ----------------------------------------------------------------------------------------------------
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them."""
-
     def __init__(self, input_dim, hidden_dim, output_dim, num_layers):
         super().__init__()
         dims = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
@@ -331,20 +292,15 @@ class MLP(nn.Module):
             x = layer(x).relu()
         return self.layers[-1](x)
 
-
 def pad_images(images):
     """Images (3, h, w) of any sizes to one batch (B, 3, H, W), zeros right and below, and its mask (B, H, W) bool,
     True on padding; None when nothing is padded."""
     height, width = (max(image.shape[i] for image in images) for i in (1, 2))
     if all(image.shape[1:] == (height, width) for image in images):
         return torch.stack(tuple(images)), None
-    batch = images[0].new_zeros(len(images), 3, height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
-    for b, image in enumerate(images):
-        batch[b, :, :image.shape[1], :image.shape[2]] = image
-        mask[b, :image.shape[1], :image.shape[2]] = False
-    return batch, mask
-
+    pads = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
+    mask = [F.pad(torch.zeros_like(image[0], dtype=torch.bool), pad, value=True) for image, pad in zip(images, pads)]
+    return torch.stack([F.pad(image, pad) for image, pad in zip(images, pads)]), torch.stack(mask)
 
 class DETR(nn.Module):
     """The detector (paper: 3.2, Fig. 2): a set of N boxes in one pass, no anchors, no non-maximum suppression.
@@ -353,7 +309,6 @@ class DETR(nn.Module):
     101) or a `ResNet`, which brings its own dilation. With `aux_loss` every decoder layer answers (A.2). The defaults
     are the published COCO model's.
     """
-
     def __init__(self, num_classes=91, backbone="resnet50", dilation=False, hidden_dim=256, nheads=8, enc_layers=6, dec_layers=6,
                  dim_feedforward=2048, num_queries=100, dropout=0.1, aux_loss=False):
         super().__init__()
@@ -383,7 +338,7 @@ class DETR(nn.Module):
         """
         if isinstance(images, (list, tuple)):
             images, mask = pad_images(images)
-        features = self.backbone[0]["body"](images)                                 # (B, C, H', W')
+        features = self.backbone[0].body(images)                                 # (B, C, H', W')
         if mask is None:
             attend, real = None, torch.ones(1, *features.shape[-2:], dtype=torch.bool, device=features.device)
         else:
@@ -404,7 +359,6 @@ class HungarianMatcher:
     The cost of a pair is  cost_class * -p(class) + cost_bbox * |box - box|_1 + cost_giou * -GIoU.  Of more objects than
     queries, the N cheapest are matched.
     """
-
     def __init__(self, cost_class=1, cost_bbox=5, cost_giou=2):
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
 
@@ -428,25 +382,14 @@ class HungarianMatcher:
                 + self.cost_bbox * torch.cdist(boxes, target_boxes, p=1)
                 - self.cost_giou * generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes)))
         cost = cost.masked_fill(((labels < 0) | (labels >= K))[:, None], math.nan).cpu()   # the one device sync of a step
-        matches = []
-        for layer in cost:
-            matches.append([])
-            for b, target in enumerate(targets):
-                c = layer[b, :, :len(target["labels"])]                             # (N, M), without the columns of padding
-                if not c.isfinite().all():
-                    raise ValueError(self._why(b, target, K))
-                matches[-1].append(tuple(map(torch.from_numpy, linear_sum_assignment(c))))
-        return matches
-
-    @staticmethod
-    def _why(b, target, K):
-        for label in target["labels"].tolist():
-            if not 0 <= label < K:
-                return (f"image {b} of the batch has label {label}, but the model's labels are 0 to {K - 1}: "
-                        f"build it with num_classes={label + 1} or more, or correct the label")
-        if not target["boxes"].isfinite().all():
-            return f"image {b} of the batch has a box that is not finite: {target['boxes'].tolist()}"
-        return f"the predictions for image {b} of the batch are not finite: lower the learning rate, or look at that image"
+        cost = [[c[:, :len(target["labels"])] for c, target in zip(layer, targets)] for layer in cost]   # (N, M) each
+        for b, c in (pair for layer in cost for pair in enumerate(layer)):
+            if not c.isfinite().all():
+                wrong = [label for label in targets[b]["labels"].tolist() if not 0 <= label < K]
+                raise ValueError(f"image {b} of the batch: " + (
+                    f"label {wrong[0]} is outside the model's 0 to {K - 1}: correct it, or set num_classes" if wrong else
+                    "its boxes or the predictions for it are not finite: look at that image, or lower the learning rate"))
+        return [[tuple(map(torch.from_numpy, linear_sum_assignment(c))) for c in layer] for layer in cost]
 
 
 # ---- 7. Loss (3.1, Eq. 2; A.2) ----------------------------------------------------------------------------------------
@@ -477,35 +420,36 @@ class SetCriterion(nn.Module):
         target_boxes = torch.cat([target["boxes"].float().reshape(-1, 4) for target in targets])
         counts = [len(target["labels"]) for target in targets]
 
-        matches = self.matcher.match(logits, boxes, targets)
+        matches = self.matcher.match(logits, boxes, targets)                        # each layer has as many pairs
         pairs = [(torch.full_like(q, l), torch.full_like(q, b), q, t + sum(counts[:b]))
                  for l, layer in enumerate(matches) for b, (q, t) in enumerate(layer)]
-        l, b, q, t = torch.stack([torch.cat(part) for part in zip(*pairs)]).to(logits.device, non_blocking=True)
+        l, b, q, t = torch.stack([torch.cat(part) for part in zip(*pairs)]).to(logits.device, non_blocking=True)   # (P,) each
 
         classes = torch.full(logits.shape[:3], self.num_classes, device=logits.device)      # (L, B, N), "no object" ...
         classes[l, b, q] = labels[t]                                                # ... but where a query is matched
         weight = self.class_weight[classes]
         ce = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none").view_as(weight)
 
-        matched, objects = boxes[l, b, q], target_boxes[t]                          # (pairs of all layers, 4)
+        matched, objects = boxes[l, b, q], target_boxes[t]                          # (P, 4), pairs of all layers
         l1 = (matched - objects).abs().sum(-1)
-        giou = generalized_box_iou(box_cxcywh_to_xyxy(matched)[:, None], box_cxcywh_to_xyxy(objects)[:, None])
+        giou = generalized_box_iou(box_cxcywh_to_xyxy(matched)[:, None], box_cxcywh_to_xyxy(objects)[:, None])   # (P, 1, 1)
         predicted = logits.argmax(-1)                                               # (L, B, N)
         found = (predicted != self.num_classes).sum(-1)                             # (L, B)
-        num_boxes = torch.tensor(float(sum(counts)), device=logits.device)
+        num_boxes = torch.full((), float(sum(counts)), device=logits.device)
         if dist.is_available() and dist.is_initialized():                           # a mean over the boxes of all processes
             dist.all_reduce(num_boxes)
             num_boxes /= dist.get_world_size()
         num_boxes = num_boxes.clamp(min=1)
+        counts = torch.tensor(counts).to(logits.device, non_blocking=True)
+        by_layer = len(layers), len(l) // len(layers)
         each_layer = {
             "loss_ce": (weight * ce).sum((1, 2)) / weight.sum((1, 2)),              # (L,), each of them
-            "loss_bbox": l1.view(len(layers), -1).sum(1) / num_boxes,
-            "loss_giou": (1 - giou).view(len(layers), -1).sum(1) / num_boxes,
-            "cardinality_error": (found - torch.tensor(counts, device=logits.device)).abs().float().mean(1)}
+            "loss_bbox": l1.view(by_layer).sum(1) / num_boxes,
+            "loss_giou": (1 - giou).view(by_layer).sum(1) / num_boxes,
+            "cardinality_error": (found - counts).abs().float().mean(1)}
 
-        last = l == len(layers) - 1
-        wrong = (predicted[l, b, q] != labels[t]) & last
-        losses = {"class_error": 100 * wrong.sum() / last.sum() if len(l) else torch.tensor(100.0, device=logits.device)}
+        wrong = (predicted[l, b, q] != labels[t]).view(by_layer)[-1].float()        # of the last layer's pairs
+        losses = {"class_error": 100 * wrong.mean() if len(wrong) else torch.full_like(num_boxes, 100)}
         for name, values in each_layer.items():
             *earlier, losses[name] = values.unbind()
             losses |= {f"{name}_{i}": value for i, value in enumerate(earlier)}
@@ -531,7 +475,6 @@ COCO_CLASSES = (
     "N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,"
     "N/A,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")
 
-
 def post_process(outputs, sizes):
     """Predictions to pixels: sizes (B, 2) are the images' h, w. Returns one dict an image: `scores` (N,), `labels` (N,)
     (the best class that is an object) and `boxes` (N, 4) x0 y0 x1 y1 pixels. Every query is there: threshold as you like."""
@@ -540,7 +483,6 @@ def post_process(outputs, sizes):
     boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"].float()) * torch.stack((w, h, w, h), dim=1)[:, None]
     return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
 
-
 def fit(height, width, size, max_size):
     """The (height, width) with the shorter side `size`, or less where the longer would exceed `max_size` (paper: A.4)."""
     short, long = min(height, width), max(height, width)
@@ -548,13 +490,11 @@ def fit(height, width, size, max_size):
         size = max(1, round(max_size * short / long))
     return tuple(size if side == short else int(size * side / short) for side in (height, width))
 
-
 def normalize(image):
     """(3, h, w) uint8, or float in [0, 1], to the float (3, h, w) with the mean 0 and the deviation 1 of ImageNet's pixels."""
     image = image / 255 if image.dtype == torch.uint8 else image
     mean, std = image.new_tensor([0.485, 0.456, 0.406]), image.new_tensor([0.229, 0.224, 0.225])
     return (image - mean[:, None, None]) / std[:, None, None]
-
 
 @torch.inference_mode()
 def detect(model, images, threshold=0.7):
@@ -579,12 +519,10 @@ def detect(model, images, threshold=0.7):
         results.append(found | {"names": [model.classes[label] for label in found["labels"].tolist()]})
     return results
 
-
 def to_tensor(picture):
     """A PIL image to an RGB tensor (3, h, w) uint8."""
     picture = picture.convert("RGB")
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3).permute(2, 0, 1)
-
 
 def read_checkpoint(path):
     """A checkpoint file as a dict with the weights in `model`. Code in the file is never run.
@@ -599,12 +537,7 @@ def read_checkpoint(path):
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): it may be cut off, of another kind, "
                          "or hold code, which is never run; download or save it again") from error
-    checkpoint = checkpoint if isinstance(checkpoint, dict) and "model" in checkpoint else {"model": checkpoint}
-    weights = checkpoint["model"]
-    if not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
-        raise ValueError(f"{path} holds no weights: expected a state dict, or a dict with one under 'model'")
-    return checkpoint
-
+    return checkpoint if isinstance(checkpoint, dict) and "model" in checkpoint else {"model": checkpoint}
 
 def build_detr(weights, nheads=8, dilation=False, norm=FrozenBatchNorm2d, **options):
     """The DETR that has these weights, loaded: widths, depths, queries and classes are read off their names and shapes.
@@ -625,12 +558,9 @@ def build_detr(weights, nheads=8, dilation=False, norm=FrozenBatchNorm2d, **opti
                      dim_feedforward=len(weights["transformer.decoder.layers.0.linear1.bias"]),
                      num_queries=len(weights["query_embed.weight"]), **options)
         model.load_state_dict(weights)
-    except KeyError as error:
-        raise ValueError(f"these are not the weights of a DETR: there is no {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"these weights do not fit: {' '.join(str(error).split())[:400]}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"these are not the weights of a DETR ({' '.join(str(error).split())[:400]})") from error
     return model
-
 
 def load_detr(source, num_classes=None, device="cpu"):
     """A DETR in eval mode, with `.classes`, the names by label.
@@ -660,10 +590,8 @@ def load_detr(source, num_classes=None, device="cpu"):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.size, model.max_size = config.get("size", 800), config.get("max_size", 1333)
-    if "classes" in checkpoint:
-        model.classes = list(checkpoint["classes"])
-    elif len(model.classes) == len(COCO_CLASSES):
-        model.classes = list(COCO_CLASSES)
+    names = checkpoint.get("classes") or COCO_CLASSES
+    model.classes = list(names) if len(names) == len(model.classes) else model.classes
     if num_classes is not None and num_classes != len(model.classes):
         model.class_embed = nn.Linear(model.class_embed.in_features, num_classes + 1)
         model.classes = [f"class {label}" for label in range(num_classes)]
