@@ -140,7 +140,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
-        self.stride, self.num_channels = 4, width
+        self.stride, self.num_channels, self.dilation = 4, width, dilation
         self.stages = [f"layer{i + 1}" for i in range(len(layers))]
         for i, (stage, depth) in enumerate(zip(self.stages, layers)):
             dilate = dilation and stage == self.stages[-1]
@@ -435,15 +435,16 @@ class SetCriterion(nn.Module):
         giou = generalized_box_iou(box_cxcywh_to_xyxy(matched)[:, None], box_cxcywh_to_xyxy(objects)[:, None])   # (P, 1, 1)
         predicted = logits.argmax(-1)                                               # (L, B, N)
         found = (predicted != self.num_classes).sum(-1)                             # (L, B)
-        num_boxes = torch.full((), float(sum(counts)), device=logits.device)
-        if dist.is_available() and dist.is_initialized():                           # a mean over the boxes of all processes
-            dist.all_reduce(num_boxes)
-            num_boxes /= dist.get_world_size()
-        num_boxes = num_boxes.clamp(min=1)
+        # What the sums are divided by: the weights of all queries, a layer each, and the number of boxes, over all processes.
+        shares = F.pad(weight.sum((1, 2)), (0, 1), value=sum(counts))               # (L + 1,)
+        if self.training and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(shares)
+            shares /= dist.get_world_size()
+        weights, num_boxes = shares[:-1], shares[-1].clamp(min=1)
         counts = torch.tensor(counts).to(logits.device, non_blocking=True)
         by_layer = len(layers), len(l) // len(layers)
         each_layer = {
-            "loss_ce": (weight * ce).sum((1, 2)) / weight.sum((1, 2)),              # (L,), each of them
+            "loss_ce": (weight * ce).sum((1, 2)) / weights,                         # (L,), each of them
             "loss_bbox": l1.view(by_layer).sum(1) / num_boxes,
             "loss_giou": (1 - giou).view(by_layer).sum(1) / num_boxes,
             "cardinality_error": (found - counts).abs().float().mean(1)}

@@ -1,0 +1,202 @@
+"""Find the objects in pictures with DETR: a table on the screen, and every picture with its boxes in a folder.
+
+    python infer.py                                  # the bundled photographs of blood, with the bundled detector
+    python infer.py cats.jpg holidays/               # COCO's 80 kinds of everyday objects (fetches 160 MB once)
+    python infer.py https://example.org/street.jpg --weights detr_resnet101 --attention
+    python infer.py photo.jpg --weights outputs/best.pth --threshold 0.5 --json found.json
+"""
+import argparse
+import io
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from detr_mini import ZOO, detect, fit, load_detr
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"}
+PALETTE = ["#ff8c00", "#1f77ff", "#00a651", "#e6194b", "#911eb4", "#00b8d4", "#f032e6", "#808000", "#9a6324", "#3b3b98"]
+
+
+def open_image(source):
+    """A file or URL as an upright RGB picture. Transparency lies on white; 16 bits become 8; of a GIF, the first frame."""
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "detr-mini"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            source = io.BytesIO(response.read())
+    with Image.open(source) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(("I", "F")):
+            white = 65535 if picture.mode.startswith("I") else 1 if picture.getextrema()[1] <= 1 else 255
+            picture = picture.convert("F").point(lambda value: value * (255 / white)).convert("L")
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+
+
+def color(label):
+    return PALETTE[label % len(PALETTE)]
+
+
+def draw(picture, found):
+    """The picture, enlarged where it is small, with a box and a name for each object found."""
+    scale = max(1, round(1600 / max(picture.size)))
+    canvas = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS)
+    pen, unit = ImageDraw.Draw(canvas), max(canvas.size) / 1000
+    font = ImageFont.load_default(max(10, 15 * unit))
+    objects = list(zip(found["boxes"].tolist(), found["labels"].tolist(), found["names"], found["scores"].tolist()))
+    for box, label, _, _ in reversed(objects):
+        pen.rounded_rectangle(corners(box, scale, canvas.size), radius=4 * unit, outline=color(label), width=max(2, round(2.2 * unit)))
+    for box, label, name, score in reversed(objects):
+        x0, y0, _, _ = corners(box, scale, canvas.size)
+        text = f"{name} {score:.0%}"
+        width, height = pen.textlength(text, font) + 8 * unit, 19 * unit
+        x0, y0 = min(x0, max(0, canvas.width - width)), y0 - height if y0 >= height else y0
+        pen.rounded_rectangle((x0, y0, x0 + width, y0 + height), radius=4 * unit, fill=color(label))
+        pen.text((x0 + 4 * unit, y0 + height / 2), text, "white", font, anchor="lm")
+    return canvas
+
+
+def corners(box, scale, size):
+    """A box in pixels of the canvas, at least a pixel wide and high, within it."""
+    x0, y0, x1, y1 = (min(max(value * scale, 0), side - 1) for value, side in zip(box, (*size, *size)))
+    return x0, y0, max(x0, x1), max(y0, y1)
+
+
+def draw_attention(picture, boxes_picture, found, attention):
+    """Beside the boxes, a tile for each detection: bright where its query looked. attention (n, H', W'), a sum of 1 each."""
+    columns = math.ceil(math.sqrt(len(attention)))
+    tile = max(1, boxes_picture.width // columns), max(1, boxes_picture.height // columns)
+    canvas = Image.new("RGB", (2 * boxes_picture.width, boxes_picture.height), "#202428")
+    canvas.paste(boxes_picture)
+    dim = ImageOps.grayscale(picture.resize(tile)).point(lambda value: value * 0.45).convert("RGB")
+    scale = tile[0] / picture.width
+    for i, (look, box, label) in enumerate(zip(attention, found["boxes"].tolist(), found["labels"].tolist())):
+        light = Image.fromarray((255 * (look / look.max()).sqrt()).byte().numpy()).resize(tile, Image.Resampling.BICUBIC)
+        seen = Image.composite(Image.new("RGB", tile, color(label)), dim, light)
+        ImageDraw.Draw(seen).rectangle(corners(box, scale, tile), outline="white", width=max(1, tile[1] // 120))
+        canvas.paste(seen, (boxes_picture.width + i % columns * tile[0], i // columns * tile[1]))
+    return canvas
+
+
+def benchmark(model, device):
+    """Latency of one image and of eight, eager and compiled, at the model's own size."""
+    height, width = model.size, min(model.max_size, model.size * 4 // 3)
+    print(f"{torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, "
+          f"{height}x{width}, float32, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    for name, run in (("eager", model), ("compiled", torch.compile(model))):
+        for batch in (1, 8):
+            images, times = torch.randn(batch, 3, height, width, device=device), []
+            with torch.inference_mode():
+                for i in range(13):
+                    start = time.perf_counter()
+                    run(images)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    times.append(time.perf_counter() - start)
+                    if i > 3 and sum(times[3:]) > 10:
+                        break
+            median = statistics.median(times[3:])
+            print(f"{name:9} batch {batch}: {1000 * median:8.1f} ms  {batch / median:7.1f} images/s", flush=True)
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+
+
+def find_images(sources):
+    """Files, URLs and the images in folders, [source]."""
+    images = []
+    for source in sources:
+        inside = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in SUFFIXES) if Path(source).is_dir() else [source]
+        if not inside:
+            raise ValueError(f"{source}: a folder without images ({', '.join(sorted(SUFFIXES))})")
+        images += map(str, inside)
+    return images
+
+
+def save(path, write):
+    """Write to a temporary name, then rename, so that `path` is never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(prog="infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER|URL", help="pictures (default: the bundled photographs)")
+    parser.add_argument("--weights", metavar="NAME|FILE", help=f"demo, {', '.join(ZOO)}, or any DETR checkpoint file "
+                        "(default: detr_resnet50; demo where no picture is named)")
+    parser.add_argument("--threshold", type=float, default=0.7, metavar="P", help="lowest score to report, 0 to 1 (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("detections"), metavar="DIR", help="where the pictures go (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all detections in COCO's results format, too")
+    parser.add_argument("--attention", action="store_true", help="show where each detection's query looked, beside the boxes")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default)")
+    parser.add_argument("--benchmark", action="store_true", help="time the model on this device instead")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    sources = find_images(args.images or [str(Path(__file__).parent / "assets")])
+    model = load_detr(args.weights or ("detr_resnet50" if args.images else "demo"), device=device)
+    if args.benchmark:
+        return benchmark(model, torch.device(device))
+    cross_attention = model.transformer.decoder.layers[-1].multihead_attn
+    cross_attention.keep_weights = args.attention
+
+    results, failures, names = [], 0, set()
+    for source in sources:
+        try:
+            picture = open_image(source)
+            start = time.perf_counter()
+            [found] = detect(model, picture, args.threshold)
+            seconds = time.perf_counter() - start
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            print(f"infer.py: error: {source}: cannot be read as an image ({error}): give a JPEG, PNG, WebP, GIF or TIFF", file=sys.stderr)
+            failures += 1
+            continue
+        print(f"{source}  {picture.width}x{picture.height}  {len(found['names'])} found in {seconds:.2f} s")
+        for score, name, box in zip(found["scores"].tolist(), found["names"], found["boxes"].tolist()):
+            print(f"  {score:.2f}  {name:14}" + "".join(f"{value:7.0f}" for value in box))
+        image = draw(picture, found)
+        if args.attention and found["names"]:
+            cells = (-(-side // model.backbone[0].body.stride) for side in fit(picture.height, picture.width, model.size, model.max_size))
+            look = cross_attention.weights.mean(1)[0, found["queries"]].unflatten(1, tuple(cells)).cpu()   # (n, H', W')
+            image = draw_attention(picture, image, found, look)
+        stem = Path(source.split("?")[0]).stem
+        while stem in names:
+            stem += "_"
+        names.add(stem)
+        target = args.out / f"{stem}.png"
+        save(target, lambda path: image.save(path, "PNG"))
+        print(f"  -> {target}")
+        results += [{"image_id": int(stem) if stem.isdigit() else stem, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+                    for score, label, (x0, y0, x1, y1) in zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist())]
+    if args.json:
+        save(args.json, lambda path: path.write_text(json.dumps(results)))
+        print(f"{len(results)} detections -> {args.json}")
+    return 2 if failures else 0
+
+
+def main(argv=None):
+    try:
+        return run(arguments(argv))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"infer.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@
 """
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -17,18 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as T
 
 from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
-                       fit, load_detr, normalize, post_process, read_checkpoint, to_tensor)
+                       fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 # Fine-tuning follows the paper (A.4) but for the batch norm's and the backbone's start; `tiny` starts from nothing.
-FINE_TUNE = dict(size=800, max_size=1333, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40, warmup=0, evaluate_every=1)
-TINY = dict(size=240, max_size=320, lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=300, warmup=200, evaluate_every=20)
+FINE_TUNE = dict(size=800, max_size=1333, zoom=None, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40, warmup=0, evaluate_every=1)
+TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=300, warmup=200, evaluate_every=20)
 
 
 # ---- Data: Annotations/*.xml, ImageSets/Main/*.txt, JPEGImages ----------------------------------------------------------
@@ -53,7 +55,6 @@ def read_annotation(path):
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"{path}: not a VOC annotation ({error}): each object needs a name and a bndbox of xmin, ymin, xmax, ymax") from error
     return objects
-
 
 def find_sets(data, names, seed):
     """The annotation files of the sets `names`, [path]; a set is 2012_train in a VOCdevkit, train in a single folder.
@@ -81,15 +82,15 @@ def find_sets(data, names, seed):
         raise ValueError(f"the set {' '.join(names)} of {data} is empty: no annotation files (*.xml)")
     return paths
 
-
 class VOC(Dataset):
     """The images and objects of some annotation files, all read and checked before the first step.
 
-    `records`: one (image path, boxes (M, 4) float32 x0 y0 x1 y1 pixels, labels (M,), difficult (M,) bool) an image.
+    `records`: one (image path, (h, w), boxes (M, 4) float32 x0 y0 x1 y1 pixels, labels (M,), difficult (M,) bool) an image.
     """
 
-    def __init__(self, paths, folder, classes=None, recipe=FINE_TUNE, train=False, seed=0):
-        self.recipe, self.train, self.seed = recipe, train, seed
+    def __init__(self, paths, folder, classes=None, recipe=FINE_TUNE, seed=None):
+        """With a `seed`, to train on: augmented, difficult objects left out."""
+        self.recipe, self.seed = recipe, seed
         images = {}
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -118,8 +119,8 @@ class VOC(Dataset):
             changed, dropped = changed + int((clipped != boxes).any(1)[keep].sum()), dropped + int((~keep).sum())
             labels = torch.tensor([label_of[name] for name, _, _ in objects], dtype=torch.int64)
             difficult = torch.tensor([hard for _, _, hard in objects], dtype=torch.bool)
-            self.records.append((image, clipped[keep], labels[keep], difficult[keep]))
-        self.summary = f"{len(self.records)} images, {sum(len(record[1]) for record in self.records)} objects"
+            self.records.append((image, (height, width), clipped[keep], labels[keep], difficult[keep]))
+        self.summary = f"{len(self.records)} images, {sum(len(record[2]) for record in self.records)} objects"
         if changed or dropped:
             self.summary += f" ({changed} boxes clipped to their image, {dropped} without area dropped)"
 
@@ -130,33 +131,31 @@ class VOC(Dataset):
         """key (epoch, index) to image (3, h, w) uint8 and target. The augmentation depends on seed, epoch and index alone,
         so that a resumed run, and any number of workers, see the very same pictures."""
         epoch, index = key
-        path, boxes, labels, difficult = self.records[index]
+        path, (h, w), boxes, labels, difficult = self.records[index]
         try:
             with Image.open(path) as picture:
                 image = to_tensor(picture)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: the image cannot be decoded ({error}): replace it, or take it out of the set") from error
-        if self.train:
+        if self.seed is not None:
             image, boxes, labels = augment(image, boxes[~difficult], labels[~difficult], self.recipe,
                                            random.Random(f"{self.seed} {epoch} {index}"))
         else:
-            h, w = image.shape[1:]
             image = T.resize(image, fit(h, w, self.recipe["size"], self.recipe["max_size"]), antialias=True)
             boxes = boxes * torch.tensor([image.shape[2] / w, image.shape[1] / h]).repeat(2)
         h, w = image.shape[1:]
         return image, {"labels": labels, "boxes": box_xyxy_to_cxcywh(boxes) / torch.tensor([w, h, w, h]), "index": index}
 
-
 def augment(image, boxes, labels, recipe, rng):
     """Cut a window out of the image, resize it, flip it (paper: A.4). image (3, H, W) uint8, boxes (M, 4) in pixels.
 
-    The paper's way, when fine-tuning: the whole image, or half of the time a random crop, to a random scale. From
-    scratch: a zoom of 0.9 to 1.5 to one size, as small batches want no padding, with both flips and a change of light.
+    The paper's way: the whole image, or half of the time a random crop, to a random scale. With a `zoom`, from scratch: an
+    enlarged window to one size, as small batches want no padding, with both flips and a change of light.
     """
     height, width = image.shape[1:]
     size, max_size = recipe["size"], recipe["max_size"]
-    if recipe is TINY:
-        zoom = rng.uniform(0.9, 1.5)
+    if recipe["zoom"]:
+        zoom = rng.uniform(*recipe["zoom"])
         h, w = round(height / zoom), round(width / zoom)
         out = fit(height, width, size, max_size)
     else:
@@ -174,40 +173,39 @@ def augment(image, boxes, labels, recipe, rng):
     boxes, labels = boxes[keep], labels[keep]
     if rng.random() < 0.5:
         image, boxes = image.flip(2), torch.stack((out[1] - boxes[:, 2], boxes[:, 1], out[1] - boxes[:, 0], boxes[:, 3]), 1)
-    if recipe is TINY:
+    if recipe["zoom"]:
         if rng.random() < 0.5:
             image, boxes = image.flip(1), torch.stack((boxes[:, 0], out[0] - boxes[:, 3], boxes[:, 2], out[0] - boxes[:, 1]), 1)
         image = T.adjust_contrast(T.adjust_brightness(image, rng.uniform(0.8, 1.2)), rng.uniform(0.8, 1.2))
     return image, boxes, labels
 
-
 def collate(samples):
     """[(image, target)] to a batch (B, 3, H, W) uint8, its padding mask (B, H, W) bool or None, and the targets."""
     images, targets = zip(*samples)
-    height, width = (max(image.shape[i] for image in images) for i in (1, 2))
-    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for b, image in enumerate(images):
-        batch[b, :, :image.shape[1], :image.shape[2]] = image
-        mask[b, :image.shape[1], :image.shape[2]] = False
-    return batch, mask if mask.any() else None, targets
-
+    return *pad_images(images), targets
 
 class Batches:
-    """Lists of (epoch, index): every image once an epoch, shuffled by the seed when training; set `epoch` before each."""
+    """Lists of (epoch, index) for one process of `world`; set `epoch` before each pass.
 
-    def __init__(self, count, batch_size, shuffle, seed=0):
-        self.count, self.batch_size, self.shuffle, self.seed, self.epoch = count, batch_size, shuffle, seed, 0
-
-    def __len__(self):
-        return max(1, self.count // self.batch_size) if self.shuffle else -(-self.count // self.batch_size)
+    To train, the shuffled images in full batches, of which every process takes its part; to evaluate, all images in
+    order, and every process takes whole batches.
+    """
+    def __init__(self, count, batch_size, train, seed=0, rank=0, world=1):
+        if train and count < batch_size:
+            raise ValueError(f"{count} training images are fewer than one batch of {batch_size}: lower --batch-size")
+        self.count, self.batch_size, self.train, self.seed, self.rank, self.world = count, batch_size, train, seed, rank, world
+        self.epoch = 0
 
     def __iter__(self):
         order = list(range(self.count))
-        if self.shuffle:
+        if self.train:
             random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-        for i in range(len(self)):
-            yield [(self.epoch, index) for index in order[i * self.batch_size:(i + 1) * self.batch_size]]
+            order = order[:self.count // self.batch_size * self.batch_size]
+        batches = [[(self.epoch, i) for i in order[start:start + self.batch_size]] for start in range(0, len(order), self.batch_size)]
+        return iter([batch[self.rank::self.world] for batch in batches] if self.train else batches[self.rank::self.world])
+
+    def __len__(self):
+        return self.count // self.batch_size if self.train else len(range(self.rank, -(-self.count // self.batch_size), self.world))
 
 
 # ---- COCO's average precision --------------------------------------------------------------------------------------------
@@ -215,7 +213,6 @@ class Batches:
 AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}      # square pixels, ends included
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-
 
 def coco_ap(predictions, targets, num_classes):
     """COCO's box metrics, as `pycocotools` computes them.
@@ -267,7 +264,6 @@ def coco_ap(predictions, targets, num_classes):
     result |= {f"AR{name}": mean(recall[2, ..., i]) for i, name in enumerate(AREAS) if name}
     return result | {"AP50_per_class": [mean(precision[0, :, label, 0]) for label in range(num_classes)]}
 
-
 def match_detections(boxes, gt_boxes, crowd, ends):
     """Greedy matching of one class in one image, best score first: boxes (D, 4), gt_boxes (G, 4), crowd (G,), ends (A, 2).
 
@@ -307,17 +303,6 @@ def tiny(num_classes):
     return DETR(num_classes, backbone, hidden_dim=128, nheads=4, enc_layers=2, dec_layers=4, dim_feedforward=512, num_queries=60,
                 dropout=0.0)
 
-
-def save(checkpoint, path):
-    """Write to a temporary name, then rename: whatever happens, `path` is a whole file, the old or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def to_device(batch, mask, targets, device):
     """Bytes cross to the device, floats are made there: images (B, 3, H, W) normalised, zeros on padding."""
     images = normalize(batch.to(device, non_blocking=True))
@@ -327,182 +312,276 @@ def to_device(batch, mask, targets, device):
     targets = [{name: target[name].to(device, non_blocking=True) for name in ("labels", "boxes")} for target in targets]
     return images, mask, targets
 
+# COCO's names of VOC's classes, where they differ.
+COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
+              "sofa": "couch", "tvmonitor": "tv"}
+
+def keep_known_classes(model, classes):
+    """Give `model` a head for `classes`, whose rows for the classes it knows already, and for "no object", are the old ones:
+    so that what it can name it names from the first step. Returns the names that start untrained."""
+    head, known = model.class_embed, {name: label for label, name in enumerate(model.classes)}
+    old = [known.get(name, known.get(COCO_NAMES.get(name))) for name in classes]
+    model.class_embed = nn.Linear(head.in_features, len(classes) + 1).to(head.weight.device)
+    with torch.no_grad():
+        for new, label in [*enumerate(old), (len(classes), len(model.classes))]:
+            if label is not None and any(model.classes):
+                model.class_embed.weight[new], model.class_embed.bias[new] = head.weight[label], head.bias[label]
+    model.classes = list(classes)
+    return [name for name, label in zip(classes, old) if label is None]
 
 class Averages:
-    """Means of the losses over an epoch, weighted and not, under the reference's names; nothing is read from the device until asked."""
-
+    """Means of the losses over the steps of all processes, under the reference's names. Nothing is read from the device
+    until `read`."""
     def __init__(self, weights):
-        self.weights, self.sums, self.steps = weights, {}, 0
+        self.weights, self.sums = weights, {}
 
     def add(self, losses, total):
-        self.steps += 1
-        for name, value in {**losses, "loss": total}.items():
+        for name, value in {**losses, "loss": total, "steps": torch.ones_like(total)}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def read(self):
-        means = dict(zip(self.sums, (torch.stack(list(self.sums.values())) / self.steps).tolist()))
-        result = {"loss": means.pop("loss"), "class_error": means.pop("class_error")}
+        sums = torch.stack(list(self.sums.values()))
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        means = dict(zip(self.sums, (sums / sums[-1]).tolist()))
+        result = {"loss": means["loss"], "class_error": means["class_error"]}
         for name, value in means.items():
-            weight = self.weights.get(name.rstrip("_0123456789"))
-            result |= {f"{name}_unscaled": value} if weight is None else {name: weight * value, f"{name}_unscaled": value}
+            if name.startswith("loss_"):
+                result |= {name: self.weights[name.rstrip("_0123456789")] * value, f"{name}_unscaled": value}
+            elif name.startswith("cardinality"):
+                result[f"{name}_unscaled"] = value
         return result
 
-
 class Progress:
-    """A line that is rewritten in a terminal, with images/s and the time left; silent elsewhere."""
-
+    """One line that is rewritten in a terminal, with images/s and the time left; silent elsewhere."""
     def __init__(self, title, steps, batch_size):
         self.title, self.steps, self.batch_size, self.start, self.shown = title, steps, batch_size, time.time(), 0
 
-    def show(self, step, text=""):
+    def show(self, step, loss):
         now = time.time()
-        if sys.stderr.isatty() and (now - self.shown > 0.5 or step == self.steps):
+        if sys.stderr.isatty() and (now - self.shown > 1 or step == self.steps):
             self.shown, rate = now, step / (now - self.start)
-            end = "\n" if step == self.steps else ""
-            print(f"\r{self.title}  {step}/{self.steps}  {text}  {rate * self.batch_size:.1f} images/s  "
-                  f"ETA {clock((self.steps - step) / rate)}  ", end=end, file=sys.stderr, flush=True)
-
+            print(f"\r{self.title}  {step}/{self.steps}  loss {loss.item():.3f}  {rate * self.batch_size:.1f} images/s  "
+                  f"ETA {clock((self.steps - step) / rate)}   ", end="\n" if step == self.steps else "", file=sys.stderr, flush=True)
 
 def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
+def named_error(error, data, targets):
+    """The loss's complaint about "image b of the batch", with the names of the batch's images."""
+    return ValueError(f"{error}; the batch is {', '.join(str(data.records[target['index']][0]) for target in targets)}")
 
-def train_one_epoch(model, criterion, optimizer, loader, epoch, args, device):
+def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
     """One pass over the training images; returns the averages of the losses."""
     model.train()
+    criterion.train()
     averages, steps = Averages(criterion.weights), len(loader)
     progress = Progress(f"epoch {epoch + 1}/{args.epochs}", steps, args.batch_size)
     for step, batch in enumerate(loader):
-        images, mask, targets = to_device(*batch, device)
-        done = epoch * steps + step
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * min(1, (done + 1) / max(1, args.warmup)) * (0.1 if epoch >= args.drop else 1)
-        losses = criterion(model(images, mask), targets)
-        total = criterion.total(losses)
-        optimizer.zero_grad()
-        total.backward()
+            warmup = min(1, (epoch * steps + step + 1) / max(1, args.warmup))
+            group["lr"] = group["base_lr"] * warmup * (0.1 if epoch >= int(0.75 * args.epochs) else 1)
+        images, mask, targets = to_device(*batch, args.device)
+        parts = [part for part in torch.arange(len(targets)).chunk(args.accumulate)]
+        for part in parts:
+            start, end = part[0], part[-1] + 1
+            with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
+                outputs = model(images[start:end], None if mask is None else mask[start:end])
+            try:
+                losses = criterion(outputs, targets[start:end])
+            except ValueError as error:
+                raise named_error(error, loader.dataset, batch[2]) from error
+            total = criterion.total(losses)
+            scaler.scale(total / len(parts)).backward()
+            averages.add(losses, total)
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        averages.add(losses, total)
-        progress.show(step + 1, f"loss {total.item():.3f}" if sys.stderr.isatty() else "")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        progress.show(step + 1, total)
     return averages.read()
 
-
 @torch.inference_mode()
-def evaluate(model, criterion, loader, data, args, device):
-    """Losses and COCO's AP over a set of images, each at one scale; returns (averages, AP dict)."""
+def evaluate(model, criterion, loader, args):
+    """Losses and COCO's AP of a set of images at one scale, shared among the processes; returns (averages, AP dict)."""
     model.eval()
-    averages, predictions, targets = Averages(criterion.weights), [], []
+    criterion.eval()
+    data, averages, predictions = loader.dataset, Averages(criterion.weights), {}
     progress = Progress("evaluate", len(loader), args.batch_size)
     for step, batch in enumerate(loader):
-        images, mask, moved = to_device(*batch, device)
-        outputs = model(images, mask)
-        losses = criterion(outputs, moved)
-        averages.add(losses, criterion.total(losses))
-        sizes = []
-        for target in batch[2]:
-            path, boxes, labels, difficult = data.records[target["index"]]
-            with Image.open(path) as picture:
-                sizes.append((picture.height, picture.width))
-            targets.append({"labels": labels, "boxes": boxes, "ignore": difficult & (not args.count_difficult)})
-        predictions += [{name: value.cpu() for name, value in found.items()} for found in post_process(outputs, torch.tensor(sizes))]
-        progress.show(step + 1)
-    return averages.read(), coco_ap(predictions, targets, len(data.classes))
+        images, mask, targets = to_device(*batch, args.device)
+        with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
+            outputs = model(images, mask)
+        losses = criterion(outputs, targets)
+        total = criterion.total(losses)
+        averages.add(losses, total)
+        indices = [target["index"] for target in batch[2]]
+        found = post_process(outputs, torch.tensor([data.records[i][1] for i in indices]))
+        predictions |= {i: {name: value.cpu() for name, value in one.items()} for i, one in zip(indices, found)}
+        progress.show(step + 1, total)
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, predictions)
+        predictions = {i: one for share in shares for i, one in share.items()}
+    targets = [{"labels": labels, "boxes": boxes, "ignore": difficult & (not args.count_difficult)} for _, _, boxes, labels, difficult in data.records]
+    return averages.read(), coco_ap([predictions[i] for i in range(len(data))], targets, len(data.classes))
 
+def save(path, content):
+    """Write bytes, or a checkpoint, to a temporary name, then rename: whatever happens, `path` is a whole file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any folder with images and XML files")
-    parser.add_argument("--train", nargs="+", metavar="NAME", help="sets to train on (default: 2012_train of a VOCdevkit, else train)")
-    parser.add_argument("--val", nargs="+", metavar="NAME", help="sets to evaluate on (default: 2012_val of a VOCdevkit, else val)")
-    parser.add_argument("--classes", metavar="A,B,...", help="the classes, in the order of their labels (default: those of the data, sorted)")
-    parser.add_argument("--model", default="detr_resnet50", metavar="NAME|FILE", help="a name of the zoo, a checkpoint file, or tiny (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="default 40; the learning rate drops to a tenth after three quarters")
-    parser.add_argument("--count-difficult", action="store_true", help="evaluate VOC's difficult objects like any other")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a step (default 16; tiny 4)")
-    parser.add_argument("--lr", type=float, metavar="F", help="learning rate (default 1e-4, a tenth of it for the backbone; tiny 3e-4 for all)")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where checkpoints and the log go (default: %(default)s)")
-    parser.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE (default: checkpoint.pth of --output)")
-    parser.add_argument("--eval", action="store_true", help="evaluate only")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images (default: as many as cores, 12 at most; 1 without a GPU)")
-    return parser.parse_args()
+def arguments(argv):
+    parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any folder with images and XML files")
+    add("--train", nargs="+", metavar="NAME", help="sets to train on (default: 2012_train of a VOCdevkit, else train)")
+    add("--val", nargs="+", metavar="NAME", help="sets to evaluate on (default: 2012_val of a VOCdevkit, else val)")
+    add("--classes", metavar="A,B,...", help="the classes, in the order of their labels (default: those of the data, sorted)")
+    add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo (default: detr_resnet50), a checkpoint file, "
+        "or tiny, a small detector trained from nothing")
+    add("--new-head", action="store_true", help="forget the rows of the class head even of classes that the weights know")
+    add("--epochs", type=int, metavar="N", help="default 40, tiny 300; after three quarters the learning rate drops to a tenth")
+    add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default 16; tiny 4)")
+    add("--accumulate", type=int, default=1, metavar="N", help="compute each step in N parts, where memory is short (default 1)")
+    add("--lr", type=float, metavar="F", help="learning rate (default 1e-4, and a tenth of it for the backbone; tiny 3e-4 for all)")
+    add("--count-difficult", action="store_true", help="evaluate VOC's difficult objects like any other (default: neither hit nor miss)")
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where checkpoints and the log go (default: %(default)s)")
+    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE (default: checkpoint.pth in --output), with its settings")
+    add("--eval", action="store_true", help="evaluate the model on --val and stop")
+    add("--seed", type=int, metavar="N", help="of the order, the augmentation and a new model's weights (default 0)")
+    add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
+    add("--workers", type=int, metavar="N", help="processes that load images (default: one a core, 12 at most; 1 without a GPU)")
+    return parser.parse_args(argv)
 
+def start_model(args, resume, classes):
+    """The detector to train or evaluate, on its device."""
+    if resume:
+        config = resume["config"]
+        model = build_detr(resume["model"], config["nheads"], config["dilation"], nn.BatchNorm2d if config["trained_norm"] else FrozenBatchNorm2d)
+    elif args.model == "tiny":
+        model = tiny(len(classes))
+    else:
+        model = load_detr(args.model)
+        if args.new_head:
+            model.classes = [None] * len(model.classes)
+        elif model.classes[0] == "class 0" and len(model.classes) == len(classes):      # a file without names: by position
+            model.classes = classes
+        if model.classes != classes:
+            new = keep_known_classes(model, classes)
+            print(f"class head: {len(classes) - len(new)} of {len(classes)} classes known" + (f", new: {', '.join(new)}" if new else ""))
+    model.classes, model.aux_loss = classes, True
+    return model.to(args.device)
 
-def main():
-    args = arguments()
-    recipe = TINY if args.model == "tiny" else FINE_TUNE
-    for name, value in recipe.items():
+def run(args):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.device == "cuda" and world > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    args.device = torch.device(args.device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    log = print if rank == 0 else lambda *_, **__: None
+    cuda = args.device.type == "cuda"
+    args.dtype = torch.float32 if not cuda else torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    workers = args.workers if args.workers is not None else min(12, os.cpu_count()) if cuda else 1
+
+    resume = read_checkpoint(args.resume or args.output / "checkpoint.pth") if args.resume is not None else {}
+    if resume and "optimizer" not in resume:
+        raise ValueError(f"{args.resume}: holds a model but no training to go on with: pass it as --model instead")
+    args.model = args.model or resume.get("settings", {}).get("model", "detr_resnet50")
+    start = resume or (read_checkpoint(args.model) if Path(args.model).is_file() else {})
+    recipe = {**(TINY if args.model == "tiny" else FINE_TUNE)}
+    recipe |= {name: value for name, value in start.get("config", {}).items() if name in ("size", "max_size")}
+    for name, value in {**recipe, "seed": 0, **resume.get("settings", {})}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.drop = int(0.75 * args.epochs)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    workers = args.workers if args.workers is not None else min(12, os.cpu_count()) if device.type == "cuda" else 1
+    if args.epochs < 1 or args.batch_size < world * args.accumulate or args.accumulate < 1:
+        raise ValueError("--epochs and --accumulate start at 1, and --batch-size at --accumulate times the number of processes")
     torch.manual_seed(args.seed)
 
-    year = "" if (args.data / "ImageSets").is_dir() or not (args.data / "VOC2012").is_dir() else "2012_"
-    classes = args.classes.split(",") if args.classes else None
-    if args.model != "tiny" and not args.resume and Path(args.model).is_file() and classes is None:
-        classes = read_checkpoint(args.model).get("classes")
-    train_paths = find_sets(args.data, args.train or [year + "train"], args.seed)
-    train_data = VOC(train_paths, args.data, classes, recipe, True, args.seed)
-    val_data = VOC(find_sets(args.data, args.val or [year + "val"], args.seed), args.data, train_data.classes, recipe)
-    train_batches, val_batches = Batches(len(train_data), args.batch_size, True, args.seed), Batches(len(val_data), args.batch_size, False)
-    loading = dict(collate_fn=collate, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
-    train_loader, val_loader = DataLoader(train_data, batch_sampler=train_batches, **loading), DataLoader(val_data, batch_sampler=val_batches, **loading)
-    print(f"train: {train_data.summary}\nval: {val_data.summary}\nclasses: {', '.join(train_data.classes)}")
+    year = "2012_" if not (args.data / "ImageSets").is_dir() and (args.data / "VOC2012").is_dir() else ""
+    classes = args.classes.split(",") if args.classes else start.get("classes") if args.eval or resume else None
+    train_data = None if args.eval and classes else VOC(find_sets(args.data, args.train or [year + "train"], args.seed), args.data, classes, recipe, args.seed)
+    classes = classes or train_data.classes
+    val_data = VOC(find_sets(args.data, args.val or [year + "val"], args.seed), args.data, classes, recipe)
+    log(*(f"{name}: {data.summary}" for name, data in (("train", train_data), ("val", val_data)) if data), f"classes: {', '.join(classes)}", sep="\n")
+    loading = dict(collate_fn=collate, num_workers=workers, pin_memory=cuda, persistent_workers=workers > 0)
+    val_loader = DataLoader(val_data, batch_sampler=Batches(len(val_data), args.batch_size, False, 0, rank, world), **loading)
 
-    resume = None
-    if args.resume is not None:
-        resume = read_checkpoint(args.resume or args.output / "checkpoint.pth")
-        frozen = resume["config"]["norm"] == "frozen"
-        model = build_detr(resume["model"], resume["config"]["nheads"], resume["config"]["dilation"],
-                           FrozenBatchNorm2d if frozen else nn.BatchNorm2d)
-    elif args.model == "tiny":
-        model = tiny(len(train_data.classes))
-    else:
-        model = load_detr(args.model, num_classes=len(train_data.classes))
-    model.aux_loss = True
-    model.to(device)
-    criterion = SetCriterion(len(train_data.classes), HungarianMatcher()).to(device)
-    backbone = [p for name, p in model.named_parameters() if name.startswith("backbone") and p.requires_grad]
-    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
-    optimizer = torch.optim.AdamW([{"params": rest, "base_lr": args.lr}, {"params": backbone, "base_lr": args.lr * args.lr_backbone}],
+    model = start_model(args, resume, classes)
+    criterion = SetCriterion(len(classes), HungarianMatcher()).to(args.device)
+    if args.eval:
+        losses, ap = evaluate(model, criterion, val_loader, args)
+        log(f"val loss {losses['loss']:.3f}  " + "  ".join(f"{name} {value:.3f}" for name, value in ap.items() if name != "AP50_per_class"))
+        log("AP50 " + "  ".join(f"{name} {value:.3f}" for name, value in zip(classes, ap["AP50_per_class"])))
+        return
+
+    batches = Batches(len(train_data), args.batch_size, True, args.seed, rank, world)
+    train_loader = DataLoader(train_data, batch_sampler=batches, **loading)
+    groups = [[p for name, p in model.named_parameters() if p.requires_grad and name.startswith("backbone") == backbone] for backbone in (False, True)]
+    optimizer = torch.optim.AdamW([{"params": groups[0], "base_lr": args.lr}, {"params": groups[1], "base_lr": args.lr * args.lr_backbone}],
                                   lr=args.lr, weight_decay=1e-4)
-    config = {"nheads": model.transformer.decoder.layers[0].self_attn.heads, "dilation": False, "size": args.size, "max_size": args.max_size,
-              "norm": "batch" if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else "frozen"}
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    start, best, history = 0, -1.0, []
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+    trained = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    body = model.backbone[0].body
+    config = {"nheads": model.transformer.decoder.layers[0].self_attn.heads, "dilation": body.dilation, "size": args.size,
+              "max_size": args.max_size, "trained_norm": isinstance(body.bn1, nn.BatchNorm2d)}
+    settings = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
+    first, best, history = 0, -1.0, []
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
-        start, best, history = resume["epoch"] + 1, resume["best"], resume["history"]
-        torch.set_rng_state(resume["random"])
+        scaler.load_state_dict(resume["scaler"])
+        first, best, history = resume["epoch"] + 1, resume["best"], resume["history"]
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    for epoch in range(start, args.epochs):
-        train_batches.epoch = epoch
-        entry = {f"train_{k}": v for k, v in train_one_epoch(model, criterion, optimizer, train_loader, epoch, args, device).items()}
-        entry = {"train_lr": optimizer.param_groups[0]["lr"], **entry, "epoch": epoch, "n_parameters": parameters}
+    for epoch in range(first, args.epochs):
+        batches.epoch = epoch
+        torch.manual_seed(hash((args.seed, epoch, rank)) % 2**32)        # dropout: the same whether resumed or not
+        entry = {f"train_{name}": value for name, value in train_one_epoch(trained, criterion, optimizer, scaler, train_loader, epoch, args).items()}
+        if not math.isfinite(entry["train_loss"]):
+            raise ValueError(f"the loss of epoch {epoch + 1} is not finite: resume from {args.output / 'checkpoint.pth'} with a lower --lr")
+        entry = {"train_lr": optimizer.param_groups[0]["lr"], **entry, "epoch": epoch, "n_parameters": sum(map(torch.numel, groups[0] + groups[1]))}
         line = f"epoch {epoch + 1}/{args.epochs}  loss {entry['train_loss']:.3f}"
-        plain = {"model": model.state_dict(), "config": config, "classes": train_data.classes, "epoch": epoch}
+        improved = False
         if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == args.epochs:
-            losses, ap = evaluate(model, criterion, val_loader, val_data, args, device)
-            entry |= {f"test_{k}": v for k, v in losses.items()}
+            losses, ap = evaluate(model, criterion, val_loader, args)
+            entry |= {f"test_{name}": value for name, value in losses.items()}
             entry |= {"test_coco_eval_bbox": list(ap.values())[:12], "test_ap50_per_class": ap["AP50_per_class"]}
             line += f"  val loss {losses['loss']:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}  AP75 {ap['AP75']:.3f}"
-            if ap["AP"] > best:
-                best = ap["AP"]
-                save(plain, args.output / "best.pth")
+            improved, best = ap["AP"] > best, max(best, ap["AP"])
         history.append(entry)
-        save({**plain, "optimizer": optimizer.state_dict(), "best": best, "history": history, "random": torch.get_rng_state()},
-             args.output / "checkpoint.pth")
-        temporary = args.output / "log.txt.tmp"
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history))
-        os.replace(temporary, args.output / "log.txt")
-        left = (time.time() - began) / (epoch + 1 - start) * (args.epochs - epoch - 1)
-        print(f"{line}  ETA {clock(left)}", flush=True)
+        if rank == 0:
+            use = {"config": config, "classes": classes, "epoch": epoch}
+            if improved:        # for use, half the bytes
+                half = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+                save(args.output / "best.pth", {"model": half, **use})
+            state = {"model": model.state_dict(), **use, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                     "best": best, "history": history, "settings": settings}
+            save(args.output / "checkpoint.pth", state)
+            save(args.output / "log.txt", "".join(json.dumps(entry) + "\n" for entry in history).encode())
+        log(f"{line}  ETA {clock((time.time() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1))}", flush=True)
 
+def main(argv=None):
+    try:
+        run(arguments(argv))
+        return 0
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"train_voc.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train_voc.py: stopped; --resume goes on from the last finished epoch", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
