@@ -18,7 +18,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-
 # ---- 1. Boxes ---------------------------------------------------------------------------------------------------------
 # The network speaks (cx, cy, w, h) as fractions of the image; areas and overlaps want corners (x0, y0, x1, y1).
 

@@ -166,8 +166,9 @@ def run(args):
             failures += 1
             continue
         print(f"{source}  {picture.width}x{picture.height}  {len(found['names'])} found in {seconds:.2f} s")
+        print("  score  label             x0     y0     x1     y1")
         for score, name, box in zip(found["scores"].tolist(), found["names"], found["boxes"].tolist()):
-            print(f"  {score:.2f}  {name:14}" + "".join(f"{value:7.0f}" for value in box))
+            print(f"   {score:.2f}  {name:14}" + "".join(f"{value:7.0f}" for value in box))
         image = draw(picture, found)
         if args.attention and found["names"]:
             cells = (-(-side // model.backbone[0].body.stride) for side in fit(picture.height, picture.width, model.size, model.max_size))
@@ -180,8 +181,9 @@ def run(args):
         target = args.out / f"{stem}.png"
         save(target, lambda path: image.save(path, "PNG"))
         print(f"  -> {target}")
-        results += [{"image_id": int(stem) if stem.isdigit() else stem, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-                    for score, label, (x0, y0, x1, y1) in zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist())]
+        image_id = int(stem) if stem.isdigit() else stem
+        for score, label, (x0, y0, x1, y1) in zip(*(found[name].tolist() for name in ("scores", "labels", "boxes"))):
+            results.append({"image_id": image_id, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
     if args.json:
         save(args.json, lambda path: path.write_text(json.dumps(results)))
         print(f"{len(results)} detections -> {args.json}")

@@ -1,10 +1,16 @@
 """Every number is held against code that nobody here wrote: transformers' DETR, torchvision, torch.nn, pycocotools, scipy."""
 import argparse
+import functools
+import hashlib
+import http.server
 import json
 import math
 import os
+import random
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +24,29 @@ from torchvision.ops.misc import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm
 import detr_mini
 import infer
 import train_voc
-from detr_mini import (DETR, ZOO, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, MultiheadAttention, PositionEmbeddingSine, ResNet,
-                       SetCriterion, box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, build_detr, detect, fit, generalized_box_iou,
-                       load_detr, normalize, pad_images, post_process, read_checkpoint)
+from detr_mini import (
+    DETR,
+    ZOO,
+    BasicBlock,
+    FrozenBatchNorm2d,
+    HungarianMatcher,
+    MultiheadAttention,
+    PositionEmbeddingSine,
+    ResNet,
+    SetCriterion,
+    box_cxcywh_to_xyxy,
+    box_iou,
+    box_xyxy_to_cxcywh,
+    build_detr,
+    detect,
+    fit,
+    generalized_box_iou,
+    load_detr,
+    normalize,
+    pad_images,
+    post_process,
+    read_checkpoint,
+)
 
 HERE = Path(__file__).parent
 PHOTOS = sorted((HERE / "assets").glob("BloodImage_*.jpg"))
@@ -48,10 +74,10 @@ def random_targets(images, objects, classes, seed=0):
             for m in objects[:images]]
 
 
-def small(num_classes=3, norm=FrozenBatchNorm2d, **options):
+def small(num_classes=3, norm=FrozenBatchNorm2d, dropout=0.0, **options):
     torch.manual_seed(0)
     return DETR(num_classes, ResNet(BasicBlock, (1, 1, 1), width=8, norm=norm), hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2,
-                dim_feedforward=48, num_queries=9, dropout=0.0, **options)
+                dim_feedforward=48, num_queries=9, dropout=dropout, **options)
 
 
 # ---- Boxes -------------------------------------------------------------------------------------------------------------
@@ -516,3 +542,440 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
             load_detr(bad)
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
         load_detr(tmp_path / "nowhere.pth")
+
+
+# ---- Average precision --------------------------------------------------------------------------------------------------
+
+NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+def peer_ap(predictions, targets, num_classes):
+    coco, evaluation = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    truth, found = coco.COCO(), coco.COCO()
+    images, categories = [{"id": i + 1} for i in range(len(targets))], [{"id": k + 1} for k in range(num_classes)]
+
+    def entries(many):
+        rows = []
+        for i, one in enumerate(many):
+            ignore = one.get("ignore", torch.zeros(len(one["labels"])))
+            scores = one.get("scores", torch.zeros(len(one["labels"])))
+            for label, box, crowd, score in zip(one["labels"].tolist(), one["boxes"].double().tolist(), ignore.tolist(), scores.double().tolist()):
+                width, height = box[2] - box[0], box[3] - box[1]
+                rows.append({"id": len(rows) + 1, "image_id": i + 1, "category_id": label + 1, "bbox": [box[0], box[1], width, height],
+                             "area": width * height, "iscrowd": int(crowd), "score": score})
+        return rows
+
+    for peer, many in ((truth, targets), (found, predictions)):
+        peer.dataset = {"images": images, "categories": categories, "annotations": entries(many)}
+        peer.createIndex()
+    evaluator = evaluation.COCOeval(truth, found, "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    precision = evaluator.eval["precision"][0, :, :, 0, 2]
+    per_class = [float(p[p > -1].mean()) if (p > -1).any() else -1.0 for p in precision.T]
+    return dict(zip(NAMES, evaluator.stats)), per_class
+
+
+def random_case(rng, images, classes, most):
+    predictions, targets = [], []
+    for _ in range(images):
+        m, n = rng.integers(0, most), rng.integers(0, most * 2)
+        corner, side = rng.uniform(0, 300, (m, 2)), np.exp(rng.uniform(2, 5.5, (m, 2)))
+        boxes = np.concatenate((corner, corner + side), 1).round(int(rng.integers(0, 3)))
+        picks = rng.integers(0, m, n) if m else np.zeros(0, int)
+        labels = rng.integers(0, classes, m)
+        near = boxes[picks] + rng.normal(0, 12, (len(picks), 4)) * (rng.random((len(picks), 1)) < 0.8)
+        near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+        scores = rng.random(len(picks)).round(1) if rng.random() < 0.5 else rng.random(len(picks))     # half of the time with ties
+        guess = np.where(rng.random(len(picks)) < 0.8, labels[picks], rng.integers(0, classes, len(picks))) if m else np.zeros(0, int)
+        predictions.append({"scores": torch.tensor(scores), "labels": torch.tensor(guess), "boxes": torch.tensor(near).reshape(-1, 4)})
+        targets.append({"labels": torch.tensor(labels), "boxes": torch.tensor(boxes).reshape(-1, 4), "ignore": torch.tensor(rng.random(m) < 0.2)})
+    return predictions, targets
+
+
+@pytest.mark.parametrize("images, classes, most", [(8, 3, 12), (3, 5, 4), (2, 1, 90)], ids=["usual", "sparse", "crowded"])
+def test_ap_equals_pycocotools(images, classes, most):
+    rng = np.random.default_rng(images)
+    for _ in range(40 if most < 50 else 4):
+        predictions, targets = random_case(rng, images, classes, most)
+        ours = train_voc.coco_ap(predictions, targets, classes + 1)      # one class is never there
+        expected, per_class = peer_ap(predictions, targets, classes + 1)
+        for name in NAMES:
+            assert ours[name] == pytest.approx(expected[name], abs=1e-9), name
+        assert ours["AP50_per_class"] == pytest.approx(per_class, abs=1e-9)
+
+
+def test_ap_of_nothing_and_of_the_truth():
+    boxes, labels = torch.tensor([[10.0, 10, 60, 60], [0, 0, 200, 100]]), torch.tensor([0, 1])
+    nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    assert train_voc.coco_ap([nothing], [{"labels": labels[:0], "boxes": boxes[:0]}], 2)["AP"] == -1
+    assert train_voc.coco_ap([nothing], [{"labels": labels, "boxes": boxes}], 2)["AP"] == 0
+    perfect = train_voc.coco_ap([{"scores": torch.ones(2), "labels": labels, "boxes": boxes}], [{"labels": labels, "boxes": boxes}], 2)
+    assert perfect["AP"] == pytest.approx(1) == perfect["AR1"] and perfect["APs"] == -1
+
+
+# ---- train_voc.py -------------------------------------------------------------------------------------------------------
+
+def xml(objects, size=(96, 64), extra=""):
+    body = "".join(f"<object><name>{name}</name><difficult>{int(hard)}</difficult><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin>"
+                   f"<xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>" for name, box, hard in objects)
+    return f"{extra}<annotation><filename>lies.jpg</filename><size><width>{size[0]}</width><height>{size[1]}</height></size>{body}</annotation>"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A VOC-format folder of 12 pictures of one or two coloured squares, the last without any."""
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (data / name).mkdir(parents=True)
+    for i in range(12):
+        pixels, objects = rng.integers(0, 60, (64, 96, 3), dtype=np.uint8), []
+        for j in range(0 if i == 11 else 1 + i % 2):
+            x, y, side = rng.integers(1, 60), rng.integers(1, 30), rng.integers(15, 30)
+            kind = int(rng.integers(0, 2))
+            pixels[y:y + side, x:x + side, kind] = 255
+            objects.append((("red", "green")[kind], (x + 1, y + 1, x + side, y + side), j == 1 and i == 1))
+        Image.fromarray(pixels).save(data / f"JPEGImages/{i:02}.png")
+        (data / f"Annotations/{i:02}.xml").write_text(xml(objects))
+    (data / "ImageSets/Main/train.txt").write_text("".join(f"{i:02}\n" for i in range(8)))
+    (data / "ImageSets/Main/val.txt").write_text("".join(f"{i:02}  1\n" for i in range(8, 12)))
+    return data
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Training at a size that tests can afford; everything else as it is."""
+    def tiny(num_classes):
+        return small(num_classes, norm=nn.BatchNorm2d)
+    monkeypatch.setattr(train_voc, "tiny", tiny)
+    monkeypatch.setattr(train_voc, "TINY", {**train_voc.TINY, "size": 48, "max_size": 72, "epochs": 4, "warmup": 2, "evaluate_every": 1})
+
+
+def train(folder, output, *more):
+    return train_voc.main(["--data", str(folder), "--output", str(output), "--device", "cpu", "--workers", "0", *more])
+
+
+def test_annotations_as_they_are_meant(folder):
+    data = train_voc.VOC(train_voc.find_sets(folder, ["train", "val"], 0), folder)
+    assert data.classes == ["green", "red"] and len(data) == 12
+    assert data.records[1][4].tolist() == [False, True]
+    path, size, boxes, labels, difficult = data.records[0]
+    assert path.name == "00.png" and size == (64, 96) and len(labels) == 1
+    pixels = np.asarray(Image.open(path))
+    x0, y0, x1, y1 = boxes[0].int().tolist()        # VOC counts from 1 and includes the last pixel: these are edges
+    assert (pixels[y0:y1, x0:x1].max(-1) == 255).all() and pixels[y0 - 1, x0].max() < 255 and pixels[y0, x0 - 1].max() < 255
+    assert len(data.records[11][2]) == 0
+
+
+def test_any_folder_of_images_and_annotations(tmp_path):
+    for i in range(10):
+        (tmp_path / f"deep/{i}").mkdir(parents=True)
+        Image.new("RGB", (96, 64)).save(tmp_path / f"deep/{i}/photo{i}.JPEG" if i else tmp_path / "deep/0/photo0.webp")
+        (tmp_path / f"photo{i}.xml").write_text(xml([("a", (-5, 3.5, 200, 40.25), False), ("b", (50, 50, 40, 60), False)]))
+    train_set, val_set = (train_voc.find_sets(tmp_path, [name], 0) for name in ("train", "val"))
+    assert len(train_set) == 8 and len(val_set) == 2 and not set(train_set) & set(val_set)
+    assert train_set == train_voc.find_sets(tmp_path, ["train"], 0) != train_voc.find_sets(tmp_path, ["train"], 1)
+    data = train_voc.VOC(train_set, tmp_path, ["a", "b"])
+    assert data.records[0][2].tolist() == [[0, 2.5, 96, 40.25]]
+    assert "8 boxes clipped" in data.summary and "8 without area dropped" in data.summary
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda d: (d / "Annotations/03.xml").write_text("<annotation><object>"), "03.xml"),
+    (lambda d: (d / "Annotations/03.xml").write_text(xml([("red", ("nan", 1, 2, 3), False)])), "03.xml.*finite"),
+    (lambda d: (d / "Annotations/03.xml").write_text(xml([("red", ("", 1, 2, 3), False)])), "03.xml"),
+    (lambda d: (d / "Annotations/03.xml").write_text("<annotation><object><name>red</name></object></annotation>"), "03.xml"),
+    (lambda d: (d / "Annotations/03.xml").write_bytes(b"\xff\xfe\x00"), "03.xml"),
+    (lambda d: (d / "Annotations/03.xml").write_text(xml([], extra='<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]>')), "03.xml.*refused"),
+    (lambda d: (d / "Annotations/03.xml").unlink(), "03.xml"),
+    (lambda d: (d / "JPEGImages/03.png").unlink(), "03.xml.*03.jpg"),
+    (lambda d: (d / "JPEGImages/03.png").write_bytes(b"no image"), "03.png"),
+    (lambda d: (d / "ImageSets/Main/val.txt").unlink(), "no set 'val'.*train"),
+    (lambda d: (d / "ImageSets/Main/val.txt").write_text(""), "empty"),
+    (lambda d: (d / "Annotations/09.xml").write_text(xml([("blue", (1, 1, 9, 9), False)])), "09.xml: class 'blue' is none of green, red")])
+def test_bad_data_is_named_before_the_first_step(folder, tmp_path, quick, capsys, break_it, message):
+    break_it(folder)
+    assert train(folder, tmp_path / "out", "--model", "tiny") == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "tiny", "--batch-size", "99"], "lower --batch-size"), (["--model", "nowhere.pth", "--batch-size", "4"], "nowhere.pth"),
+    (["--resume"], "checkpoint.pth"), (["--model", "tiny", "--epochs", "0"], "--epochs"),
+    (["--model", "tiny", "--device", "abacus"], "abacus"), (["--model", "tiny", "--train", "2012_train"], "2012_train")])
+def test_wrong_arguments_are_explained(folder, tmp_path, quick, capsys, arguments, message):
+    assert train(folder, tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["TINY", "FINE_TUNE"])
+def test_augmentation_moves_boxes_with_their_pixels(recipe):
+    recipe = {**getattr(train_voc, recipe), "size": 120, "max_size": 200}
+    image = torch.zeros(3, 100, 150, dtype=torch.uint8)
+    image[0, 30:60, 40:90] = 255
+    sizes, whole = set(), 0
+    for seed in range(60):
+        out, boxes, labels = train_voc.augment(image, torch.tensor([[40.0, 30, 90, 60]]), torch.tensor([5]), recipe, random.Random(seed))
+        sizes.add(tuple(out.shape[1:]))
+        bright = (out[0] > 100).nonzero()
+        if not len(boxes):
+            assert len(bright) < 0.05 * out[0].numel()
+            continue
+        (y0, x0), (y1, x1) = bright.min(0).values, bright.max(0).values + 1
+        torch.testing.assert_close(boxes[0], torch.stack((x0, y0, x1, y1)).float(), atol=2.0, rtol=0)
+        assert labels.tolist() == [5]
+        whole += 1
+    assert whole > 40 and all(max(size) <= 200 for size in sizes)
+    assert len(sizes) == 1 if recipe["zoom"] else len(sizes) > 5
+
+
+def test_the_same_picture_for_any_number_of_workers(folder):
+    paths = train_voc.find_sets(folder, ["train"], 0)
+    one, two = (train_voc.VOC(paths, folder, seed=0)[(3, 1)] for _ in range(2))
+    other = train_voc.VOC(paths, folder, seed=0)[(4, 1)]
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1]["boxes"], two[1]["boxes"])
+    assert one[0].shape != other[0].shape or not torch.equal(one[0], other[0])
+    assert len(one[1]["labels"]) <= 1        # its difficult object is not trained on
+
+
+def test_processes_share_each_batch_and_all_images():
+    whole = [list(train_voc.Batches(21, 4, True, 7))]
+    parts = [list(train_voc.Batches(21, 4, True, 7, rank, 2)) for rank in (0, 1)]
+    assert len(whole[0]) == 5 and [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole[0]]
+    evaluated = [batch for rank in range(3) for batch in train_voc.Batches(21, 4, False, 0, rank, 3)]
+    assert sorted(i for batch in evaluated for _, i in batch) == list(range(21))
+    assert all(len(list(b)) == len(b) for b in (train_voc.Batches(21, 4, False, 0, r, 4) for r in range(4)))
+
+
+def test_resume_continues_bit_for_bit(folder, tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setattr(train_voc, "tiny", lambda num_classes: small(num_classes, norm=nn.BatchNorm2d, dropout=0.2))
+    assert train(folder, tmp_path / "a", "--model", "tiny") == 0
+    one_epoch = train_voc.train_one_epoch
+
+    def interrupted(*arguments):
+        if arguments[5] == 2:
+            raise KeyboardInterrupt
+        return one_epoch(*arguments)
+    monkeypatch.setattr(train_voc, "train_one_epoch", interrupted)
+    assert train(folder, tmp_path / "c", "--model", "tiny") == 2 and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(train_voc, "train_one_epoch", one_epoch)
+    torch.manual_seed(12345)
+    assert train(folder, tmp_path / "c", "--resume") == 0
+    straight, resumed = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ac")
+    for name, tensor in straight["model"].items():
+        assert torch.equal(tensor, resumed["model"][name]), name
+    for state, expected in zip(resumed["optimizer"]["state"].values(), straight["optimizer"]["state"].values()):
+        assert torch.equal(state["exp_avg_sq"], expected["exp_avg_sq"])
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.txt").read_text().splitlines()] for name in "ac"]
+    assert logs[0] == logs[1] and [entry["epoch"] for entry in logs[0]] == [0, 1, 2, 3]
+    assert len(logs[0][0]["test_coco_eval_bbox"]) == 12
+    assert {"train_loss", "test_loss_ce", "test_class_error", "test_cardinality_error_unscaled", "n_parameters"} <= set(logs[0][0])
+    assert logs[0][3]["train_lr"] == pytest.approx(3e-5) and logs[0][2]["train_lr"] == pytest.approx(3e-4)      # the drop
+    best = load_detr(tmp_path / "a/best.pth")
+    assert best.classes == ["green", "red"] and best.size == 48
+    assert train(folder, tmp_path / "e", "--model", str(tmp_path / "a/best.pth"), "--eval") == 0 and not (tmp_path / "e").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    train_voc.save(path, {"model": {"a": torch.zeros(3)}})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        train_voc.save(path, {"model": {"a": torch.ones(3)}})
+    assert torch.equal(read_checkpoint(path)["model"]["a"], torch.zeros(3))
+
+
+def test_the_class_head_keeps_what_it_knows():
+    model = small(num_classes=91)
+    model.classes = list(detr_mini.COCO_CLASSES)
+    head = model.class_embed.weight.clone()
+    new = train_voc.keep_known_classes(model, ["aeroplane", "cat", "unicorn", "tvmonitor"])
+    assert new == ["unicorn"] and model.class_embed.weight.shape == (5, 32)
+    for row, name in ((0, "airplane"), (1, "cat"), (3, "tv")):
+        assert torch.equal(model.class_embed.weight[row], head[detr_mini.COCO_CLASSES.index(name)])
+    assert torch.equal(model.class_embed.weight[4], head[91])        # "no object"
+    voc = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa "
+           "train tvmonitor").split()
+    model.class_embed, model.classes = nn.Linear(32, 92), list(detr_mini.COCO_CLASSES)
+    assert train_voc.keep_known_classes(model, voc) == []
+
+
+def test_a_loss_that_is_not_finite_names_the_batch(folder, tmp_path, quick, capsys):
+    assert train(folder, tmp_path / "out", "--model", "tiny", "--epochs", "1") == 0
+    before = (tmp_path / "out/checkpoint.pth").read_bytes()
+    assert train(folder, tmp_path / "out", "--resume", "--epochs", "3", "--lr", "1e30") == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error and ".png" in error and error.count("\n") == 1
+    assert (tmp_path / "out/checkpoint.pth").read_bytes() == before
+
+
+def test_one_batch_is_learnt_by_heart(folder):
+    data = train_voc.VOC(train_voc.find_sets(folder, ["train"], 0), folder, recipe={**train_voc.TINY, "size": 48, "max_size": 72})
+    images, mask, targets = train_voc.to_device(*train_voc.collate([data[(0, i)] for i in range(4)]), "cpu")
+    model, criterion = small(2, norm=nn.BatchNorm2d, aux_loss=True), SetCriterion(2, HungarianMatcher())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(60):
+        total = criterion.total(criterion(model(images, mask), targets))
+        losses.append(total.item())
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+# ---- infer.py -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def weights(tmp_path):
+    model = randomize(small())
+    return str(saved(tmp_path, model=model.state_dict(), config={"nheads": 4, "size": 64, "max_size": 96}, classes=["a", "b", "c"]))
+
+
+def see(tmp_path, weights, *arguments):
+    return infer.main([*map(str, arguments), "--weights", weights, "--out", str(tmp_path / "seen"), "--threshold", "0.0", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("RGB", "png"), ("RGB", "webp"), ("RGB", "tiff"), ("L", "png"), ("P", "gif"),
+                                          ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "jpg"), ("I;16", "png"), ("1", "png"), ("F", "tiff")])
+def test_every_kind_of_picture(tmp_path, mode, suffix):
+    ramp = np.tile(np.linspace(0, 255, 80, dtype=np.uint8), (50, 1))
+    grey = Image.fromarray(ramp)
+    picture = {"I;16": lambda: Image.fromarray(ramp.astype(np.uint16) * 257), "F": lambda: Image.fromarray(ramp.astype(np.float32))}.get(
+        mode, lambda: grey.convert("RGB").quantize(256) if mode == "P" else grey.convert("RGB").convert(mode))()
+    path = tmp_path / f"picture.{suffix}"
+    picture.save(path)
+    seen = infer.open_image(str(path))
+    assert seen.mode == "RGB" and seen.size == (80, 50)
+    if mode != "1":
+        difference = np.abs(np.asarray(seen, dtype=int) - ramp[..., None]).mean()
+        assert difference < 6, difference
+
+
+def test_orientation_transparency_and_the_first_frame(tmp_path):
+    picture, exif = Image.new("RGB", (80, 50), "red"), Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert infer.open_image(str(tmp_path / "turned.jpg")).size == (50, 80)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert infer.open_image(str(tmp_path / "clear.png")).getpixel((3, 3)) == (255, 255, 255)
+    picture.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (80, 50), "blue")])
+    assert infer.open_image(str(tmp_path / "moving.gif")).getpixel((3, 3))[0] > 200
+
+
+def test_one_bad_file_stops_no_other(tmp_path, weights, capsys):
+    good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
+    Image.effect_noise((80, 50), 90).save(good)
+    bad.write_bytes(good.read_bytes()[:400])
+    (tmp_path / "text.png").write_text("no picture")
+    out = tmp_path / "found.json"
+    assert see(tmp_path, weights, bad, tmp_path / "text.png", tmp_path / "nothing.jpg", good, "--json", out) == 2
+    printed = capsys.readouterr()
+    assert all(name in printed.err for name in ("bad.jpg", "text.png", "nothing.jpg")) and printed.err.count("\n") == 3
+    results = json.loads(out.read_text())
+    assert (tmp_path / "seen/good.png").exists() and len(results) == 9
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score"} and results[0]["image_id"] == "good"
+    assert see(tmp_path, weights, good) == 0
+
+
+def test_thin_and_big_pictures(tmp_path, weights):
+    sizes = {"thin": (1, 300), "flat": (700, 1), "dot": (1, 1), "big": (5200, 4000)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, "gray").save(tmp_path / f"{name}.png")
+    assert see(tmp_path, weights, *(tmp_path / f"{name}.png" for name in sizes)) == 0
+    assert all((tmp_path / f"seen/{name}.png").exists() for name in sizes)
+
+
+def test_attention_beside_the_boxes(tmp_path, weights):
+    Image.effect_noise((120, 80), 90).save(tmp_path / "a.png")
+    assert see(tmp_path, weights, tmp_path / "a.png") == 0
+    plain = Image.open(tmp_path / "seen/a.png").size
+    assert see(tmp_path, weights, tmp_path / "a.png", "--attention") == 0
+    assert Image.open(tmp_path / "seen/a.png").size == (2 * plain[0], plain[1])
+
+
+def test_folders_and_equal_names(tmp_path, weights, capsys):
+    for name in ("x/a.png", "x/b.jpg", "y/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    assert see(tmp_path, weights, tmp_path / "x", tmp_path / "y") == 0
+    assert len(list((tmp_path / "seen").iterdir())) == 3
+    (tmp_path / "empty").mkdir()
+    assert see(tmp_path, weights, tmp_path / "empty") == 2 and "empty: a folder without images" in capsys.readouterr().err
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The network, as far as these tests go: serves the files of a folder on this machine."""
+    root = tmp_path / "served"
+    root.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=root)) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield root, f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+
+
+def test_pictures_from_the_network(tmp_path, weights, server, capsys):
+    root, url = server
+    Image.new("RGB", (60, 40)).save(root / "far.png")
+    assert see(tmp_path, weights, url + "far.png?size=big") == 0 and (tmp_path / "seen/far.png").exists()
+    assert see(tmp_path, weights, url + "gone.png") == 2 and "gone.png" in capsys.readouterr().err
+
+
+def test_weights_from_the_network(tmp_path, server, monkeypatch, capsys):
+    root, url = server
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(detr_mini, "ZOO_URL", url)
+    torch.save({"model": small(num_classes=91).state_dict(), "config": {"nheads": 4}}, root / "model.pth")
+    digest = hashlib.sha256((root / "model.pth").read_bytes()).hexdigest()[:8]
+    (root / "model.pth").rename(root / f"detr-{digest}.pth")
+    monkeypatch.setitem(ZOO, "detr_resnet50", f"detr-{digest}.pth")
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    arguments = [str(tmp_path / "a.png"), "--out", str(tmp_path / "seen"), "--device", "cpu"]
+    (root / "away").mkdir()
+    (root / f"detr-{digest}.pth").rename(root / f"away/detr-{digest}.pth")
+    assert infer.main(arguments) == 2                                     # cannot be fetched
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"detr-{digest}.pth" in error and "by hand" in error and "`python infer.py` alone" in error and str(tmp_path / "hub") in error
+    (root / f"detr-{digest}.pth").write_bytes(b"something else")
+    assert infer.main(arguments) == 2 and "invalid hash" in capsys.readouterr().err
+    (root / f"away/detr-{digest}.pth").rename(root / f"detr-{digest}.pth")
+    assert infer.main(arguments) == 0
+    (root / f"detr-{digest}.pth").unlink()
+    assert infer.main(arguments) == 0                                     # kept: no network needed the second time
+
+
+def test_wrong_arguments_of_infer(tmp_path, weights, capsys):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    assert infer.main([str(tmp_path / "a.png"), "--weights", "nowhere.pth"]) == 2 and "nowhere.pth" in capsys.readouterr().err
+    assert infer.main([str(tmp_path / "a.png"), "--weights", weights, "--device", "abacus"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_first_command_finds_the_cells(tmp_path):
+    """`python infer.py`, as the README has it: each bundled photograph shows one white cell, and many red ones."""
+    run = subprocess.run([sys.executable, str(HERE / "infer.py"), "--json", "found.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "found.json").read_text())
+    classes = load_detr("demo").classes
+    for photo in PHOTOS:
+        assert (tmp_path / f"detections/{photo.stem}.png").exists() and photo.stem in run.stdout
+        found = [classes[r["category_id"]] for r in results if r["image_id"] == photo.stem]
+        assert found.count("WBC") == 1 and found.count("RBC") >= 8
+    assert len(PHOTOS) == 3 and (HERE / "assets/demo.pth").stat().st_size < 12e6
+
+
+@pytest.mark.parametrize("script", ["infer.py", "train_voc.py"])
+def test_help_reads_like_documentation(script):
+    run = subprocess.run([sys.executable, str(HERE / script), "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and f"python {script}" in run.stdout and "--device" in run.stdout

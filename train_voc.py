@@ -17,14 +17,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as T
 
-from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
-                       fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
+from detr_mini import (
+    DETR,
+    BasicBlock,
+    FrozenBatchNorm2d,
+    HungarianMatcher,
+    ResNet,
+    SetCriterion,
+    box_xyxy_to_cxcywh,
+    build_detr,
+    fit,
+    load_detr,
+    normalize,
+    pad_images,
+    post_process,
+    read_checkpoint,
+    to_tensor,
+)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -53,7 +68,8 @@ def read_annotation(path):
                 raise ValueError("a coordinate is not a finite number")
             objects.append((node.find("name").text.strip(), (x0 - 1, y0 - 1, x1, y1), (node.findtext("difficult") or "0").strip() == "1"))
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError, LookupError) as error:
-        raise ValueError(f"{path}: not a VOC annotation ({error}): each object needs a name and a bndbox of xmin, ymin, xmax, ymax") from error
+        raise ValueError(f"{path}: not a VOC annotation ({error}): each object needs a name and a bndbox of "
+                         "xmin, ymin, xmax, ymax") from error
     return objects
 
 def find_sets(data, names, seed):
@@ -321,10 +337,10 @@ def keep_known_classes(model, classes):
     so that what it can name it names from the first step. Returns the names that start untrained."""
     head, known = model.class_embed, {name: label for label, name in enumerate(model.classes)}
     old = [known.get(name, known.get(COCO_NAMES.get(name))) for name in classes]
-    model.class_embed = nn.Linear(head.in_features, len(classes) + 1).to(head.weight.device)
+    model.class_embed = nn.Linear(head.in_features, len(classes) + 1)
     with torch.no_grad():
         for new, label in [*enumerate(old), (len(classes), len(model.classes))]:
-            if label is not None and any(model.classes):
+            if label is not None:
                 model.class_embed.weight[new], model.class_embed.bias[new] = head.weight[label], head.bias[label]
     model.classes = list(classes)
     return [name for name, label in zip(classes, old) if label is None]
@@ -382,7 +398,7 @@ def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
             warmup = min(1, (epoch * steps + step + 1) / max(1, args.warmup))
             group["lr"] = group["base_lr"] * warmup * (0.1 if epoch >= int(0.75 * args.epochs) else 1)
         images, mask, targets = to_device(*batch, args.device)
-        parts = [part for part in torch.arange(len(targets)).chunk(args.accumulate)]
+        parts = torch.arange(len(targets)).chunk(args.accumulate)
         for part in parts:
             start, end = part[0], part[-1] + 1
             with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
@@ -424,7 +440,8 @@ def evaluate(model, criterion, loader, args):
         shares = [None] * dist.get_world_size()
         dist.all_gather_object(shares, predictions)
         predictions = {i: one for share in shares for i, one in share.items()}
-    targets = [{"labels": labels, "boxes": boxes, "ignore": difficult & (not args.count_difficult)} for _, _, boxes, labels, difficult in data.records]
+    targets = [{"labels": labels, "boxes": boxes, "ignore": difficult & (not args.count_difficult)}
+               for _, _, boxes, labels, difficult in data.records]
     return averages.read(), coco_ap([predictions[i] for i in range(len(data))], targets, len(data.classes))
 
 def save(path, content):
@@ -439,7 +456,8 @@ def save(path, content):
 def arguments(argv):
     parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any folder with images and XML files")
+    add("--data", type=Path, required=True, metavar="DIR",
+        help="a VOCdevkit, a folder like VOC2012, or any folder with images and XML files")
     add("--train", nargs="+", metavar="NAME", help="sets to train on (default: 2012_train of a VOCdevkit, else train)")
     add("--val", nargs="+", metavar="NAME", help="sets to evaluate on (default: 2012_val of a VOCdevkit, else val)")
     add("--classes", metavar="A,B,...", help="the classes, in the order of their labels (default: those of the data, sorted)")
@@ -459,98 +477,125 @@ def arguments(argv):
     add("--workers", type=int, metavar="N", help="processes that load images (default: one a core, 12 at most; 1 without a GPU)")
     return parser.parse_args(argv)
 
-def start_model(args, resume, classes):
-    """The detector to train or evaluate, on its device."""
-    if resume:
-        config = resume["config"]
-        model = build_detr(resume["model"], config["nheads"], config["dilation"], nn.BatchNorm2d if config["trained_norm"] else FrozenBatchNorm2d)
-    elif args.model == "tiny":
-        model = tiny(len(classes))
-    else:
-        model = load_detr(args.model)
-        if args.new_head:
-            model.classes = [None] * len(model.classes)
-        elif model.classes[0] == "class 0" and len(model.classes) == len(classes):      # a file without names: by position
-            model.classes = classes
-        if model.classes != classes:
-            new = keep_known_classes(model, classes)
-            print(f"class head: {len(classes) - len(new)} of {len(classes)} classes known" + (f", new: {', '.join(new)}" if new else ""))
-    model.classes, model.aux_loss = classes, True
-    return model.to(args.device)
-
-def run(args):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def settle(args):
+    """Fill in what the command line left open: device, processes, recipe. Returns the checkpoint to resume, or {}, and the
+    recipe; the settings of a run that is resumed hold unless they are given anew."""
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.device == "cuda" and world > 1:
+    if args.device == "cuda" and args.world > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     args.device = torch.device(args.device)
-    if world > 1 and not dist.is_initialized():
+    if args.world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-    log = print if rank == 0 else lambda *_, **__: None
-    cuda = args.device.type == "cuda"
-    args.dtype = torch.float32 if not cuda else torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    workers = args.workers if args.workers is not None else min(12, os.cpu_count()) if cuda else 1
+    args.dtype = torch.float32
+    if args.device.type == "cuda":
+        args.dtype = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    if args.workers is None:
+        args.workers = min(12, os.cpu_count()) if args.device.type == "cuda" else 1
 
     resume = read_checkpoint(args.resume or args.output / "checkpoint.pth") if args.resume is not None else {}
     if resume and "optimizer" not in resume:
         raise ValueError(f"{args.resume}: holds a model but no training to go on with: pass it as --model instead")
-    args.model = args.model or resume.get("settings", {}).get("model", "detr_resnet50")
+    settings = resume.get("settings", {})
+    args.model = args.model or settings.get("model", "detr_resnet50")
     start = resume or (read_checkpoint(args.model) if Path(args.model).is_file() else {})
     recipe = {**(TINY if args.model == "tiny" else FINE_TUNE)}
     recipe |= {name: value for name, value in start.get("config", {}).items() if name in ("size", "max_size")}
-    for name, value in {**recipe, "seed": 0, **resume.get("settings", {})}.items():
+    for name, value in {**recipe, "seed": 0, **settings}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.epochs < 1 or args.batch_size < world * args.accumulate or args.accumulate < 1:
+    if args.classes:
+        args.classes = args.classes.split(",")
+    elif resume or args.eval:
+        args.classes = start.get("classes")
+    if args.epochs < 1 or args.accumulate < 1 or args.batch_size < args.world * args.accumulate:
         raise ValueError("--epochs and --accumulate start at 1, and --batch-size at --accumulate times the number of processes")
+    return resume, recipe
+
+def start_model(args, resume, classes):
+    """The detector to train or evaluate, with a head for `classes`, on its device."""
+    if resume:
+        config = resume["config"]
+        norm = nn.BatchNorm2d if config["trained_norm"] else FrozenBatchNorm2d
+        model = build_detr(resume["model"], config["nheads"], config["dilation"], norm, dropout=config["dropout"])
+    elif args.model == "tiny":
+        model = tiny(len(classes))
+    else:
+        model = load_detr(args.model)
+        unnamed = model.classes[0] == "class 0" and len(model.classes) == len(classes)  # a file without names: by position
+        if args.new_head:
+            model.class_embed = nn.Linear(model.class_embed.in_features, len(classes) + 1)
+        elif model.classes != classes and not unnamed:
+            new = keep_known_classes(model, classes)
+            if args.rank == 0:
+                print(f"class head: {len(classes) - len(new)} of {len(classes)} classes known already; new: {', '.join(new) or 'none'}")
+    model.classes, model.aux_loss = classes, True
+    return model.to(args.device)
+
+def run(args):
+    resume, recipe = settle(args)
     torch.manual_seed(args.seed)
+    log = print if args.rank == 0 else lambda *_, **__: None
 
     year = "2012_" if not (args.data / "ImageSets").is_dir() and (args.data / "VOC2012").is_dir() else ""
-    classes = args.classes.split(",") if args.classes else start.get("classes") if args.eval or resume else None
-    train_data = None if args.eval and classes else VOC(find_sets(args.data, args.train or [year + "train"], args.seed), args.data, classes, recipe, args.seed)
-    classes = classes or train_data.classes
-    val_data = VOC(find_sets(args.data, args.val or [year + "val"], args.seed), args.data, classes, recipe)
-    log(*(f"{name}: {data.summary}" for name, data in (("train", train_data), ("val", val_data)) if data), f"classes: {', '.join(classes)}", sep="\n")
-    loading = dict(collate_fn=collate, num_workers=workers, pin_memory=cuda, persistent_workers=workers > 0)
-    val_loader = DataLoader(val_data, batch_sampler=Batches(len(val_data), args.batch_size, False, 0, rank, world), **loading)
+    if not (args.eval and args.classes):
+        paths = find_sets(args.data, args.train or [year + "train"], args.seed)
+        train_data = VOC(paths, args.data, args.classes, recipe, args.seed)
+        args.classes = train_data.classes
+        log(f"train: {train_data.summary}")
+    val_data = VOC(find_sets(args.data, args.val or [year + "val"], args.seed), args.data, args.classes, recipe)
+    log(f"val: {val_data.summary}\nclasses: {', '.join(args.classes)}")
 
-    model = start_model(args, resume, classes)
-    criterion = SetCriterion(len(classes), HungarianMatcher()).to(args.device)
+    def load(data, train):
+        batches = Batches(len(data), args.batch_size, train, args.seed, args.rank, args.world)
+        return batches, DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
+                                   pin_memory=args.device.type == "cuda", persistent_workers=args.workers > 0)
+
+    _, val_loader = load(val_data, False)
     if args.eval:
+        model = start_model(args, resume, args.classes)
+        criterion = SetCriterion(len(args.classes), HungarianMatcher()).to(args.device)
         losses, ap = evaluate(model, criterion, val_loader, args)
-        log(f"val loss {losses['loss']:.3f}  " + "  ".join(f"{name} {value:.3f}" for name, value in ap.items() if name != "AP50_per_class"))
-        log("AP50 " + "  ".join(f"{name} {value:.3f}" for name, value in zip(classes, ap["AP50_per_class"])))
+        log(f"loss {losses['loss']:.3f} ", *(f"{name} {value:.3f} " for name, value in list(ap.items())[:12]))
+        log("AP50: ", *(f"{name} {value:.3f} " for name, value in zip(args.classes, ap["AP50_per_class"])))
         return
 
-    batches = Batches(len(train_data), args.batch_size, True, args.seed, rank, world)
-    train_loader = DataLoader(train_data, batch_sampler=batches, **loading)
-    groups = [[p for name, p in model.named_parameters() if p.requires_grad and name.startswith("backbone") == backbone] for backbone in (False, True)]
-    optimizer = torch.optim.AdamW([{"params": groups[0], "base_lr": args.lr}, {"params": groups[1], "base_lr": args.lr * args.lr_backbone}],
-                                  lr=args.lr, weight_decay=1e-4)
+    batches, train_loader = load(train_data, True)
+    model = start_model(args, resume, args.classes)
+    criterion = SetCriterion(len(args.classes), HungarianMatcher()).to(args.device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rates = {False: args.lr, True: args.lr * args.lr_backbone}
+    groups = [{"params": [p for name, p in trained.items() if name.startswith("backbone") == backbone], "lr": rate, "base_lr": rate}
+              for backbone, rate in rates.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    trained = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    body = model.backbone[0].body
-    config = {"nheads": model.transformer.decoder.layers[0].self_attn.heads, "dilation": body.dilation, "size": args.size,
-              "max_size": args.max_size, "trained_norm": isinstance(body.bn1, nn.BatchNorm2d)}
+    parallel = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
+    body, attention = model.backbone[0].body, model.transformer.decoder.layers[0].self_attn
+    about = {"classes": args.classes, "config": {
+        "nheads": attention.heads, "dropout": attention.dropout, "dilation": body.dilation, "size": args.size,
+        "max_size": args.max_size, "trained_norm": isinstance(body.bn1, nn.BatchNorm2d)}}
     settings = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
     first, best, history = 0, -1.0, []
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
+        for group, rate in zip(optimizer.param_groups, rates.values()):
+            group["base_lr"] = rate
         first, best, history = resume["epoch"] + 1, resume["best"], resume["history"]
+
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.time()
     for epoch in range(first, args.epochs):
         batches.epoch = epoch
-        torch.manual_seed(hash((args.seed, epoch, rank)) % 2**32)        # dropout: the same whether resumed or not
-        entry = {f"train_{name}": value for name, value in train_one_epoch(trained, criterion, optimizer, scaler, train_loader, epoch, args).items()}
-        if not math.isfinite(entry["train_loss"]):
+        torch.manual_seed(hash((args.seed, epoch, args.rank)) % 2**32)      # dropout: the same whether resumed or not
+        losses = train_one_epoch(parallel, criterion, optimizer, scaler, train_loader, epoch, args)
+        if not math.isfinite(losses["loss"]):
             raise ValueError(f"the loss of epoch {epoch + 1} is not finite: resume from {args.output / 'checkpoint.pth'} with a lower --lr")
-        entry = {"train_lr": optimizer.param_groups[0]["lr"], **entry, "epoch": epoch, "n_parameters": sum(map(torch.numel, groups[0] + groups[1]))}
-        line = f"epoch {epoch + 1}/{args.epochs}  loss {entry['train_loss']:.3f}"
-        improved = False
+        entry = {"epoch": epoch, "n_parameters": sum(p.numel() for p in trained.values()), "train_lr": optimizer.param_groups[0]["lr"]}
+        entry |= {f"train_{name}": value for name, value in losses.items()}
+        line, improved = f"epoch {epoch + 1}/{args.epochs}  loss {losses['loss']:.3f}", False
         if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == args.epochs:
             losses, ap = evaluate(model, criterion, val_loader, args)
             entry |= {f"test_{name}": value for name, value in losses.items()}
@@ -558,14 +603,13 @@ def run(args):
             line += f"  val loss {losses['loss']:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}  AP75 {ap['AP75']:.3f}"
             improved, best = ap["AP"] > best, max(best, ap["AP"])
         history.append(entry)
-        if rank == 0:
-            use = {"config": config, "classes": classes, "epoch": epoch}
-            if improved:        # for use, half the bytes
-                half = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-                save(args.output / "best.pth", {"model": half, **use})
-            state = {"model": model.state_dict(), **use, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                     "best": best, "history": history, "settings": settings}
-            save(args.output / "checkpoint.pth", state)
+        if args.rank == 0:
+            weights = model.state_dict()
+            if improved:        # for use: half the bytes
+                half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+                save(args.output / "best.pth", {"model": half, "epoch": epoch, **about})
+            save(args.output / "checkpoint.pth", {"model": weights, "epoch": epoch, **about, "optimizer": optimizer.state_dict(),
+                                                  "scaler": scaler.state_dict(), "best": best, "history": history, "settings": settings})
             save(args.output / "log.txt", "".join(json.dumps(entry) + "\n" for entry in history).encode())
         log(f"{line}  ETA {clock((time.time() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1))}", flush=True)
 
