@@ -386,6 +386,31 @@ def test_loss_gradients_equal_transformers():
     close(gradients[0][1], gradients[1][1], atol=1e-6)
 
 
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist
+from test_detr_mini import HungarianMatcher, SetCriterion, random_outputs, random_targets
+rank, file = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+outputs, targets, criterion = random_outputs(4, 12, 6, 0), random_targets(4, [1, 2, 9, 0], 6), SetCriterion(6, HungarianMatcher())
+half = slice(2 * rank, 2 * rank + 2)
+total = criterion.total(criterion({name: value[half] for name, value in outputs.items()}, targets[half]))
+dist.all_reduce(total)
+dist.destroy_process_group()
+print(criterion.total(criterion(outputs, targets)).item(), total.item() / 2)
+"""
+
+
+def test_two_processes_have_the_loss_of_one(tmp_path):
+    """Each with half of the batch, and very different numbers of boxes: their mean, which DDP takes, is the whole batch's loss."""
+    runs = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(rank), str(tmp_path / "meet")], cwd=HERE, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+    for run in runs:
+        out, err = run.communicate(timeout=120)
+        assert run.returncode == 0, err
+        whole, mean = map(float, out.split())
+        assert mean == pytest.approx(whole, abs=1e-5)
+
+
 def test_one_transfer_to_the_cpu_and_no_item(monkeypatch):
     calls = []
     for name in ("cpu", "item", "tolist", "nonzero", "__float__", "__bool__"):

@@ -107,17 +107,20 @@ class VOC(Dataset):
     def __init__(self, paths, folder, classes=None, recipe=FINE_TUNE, seed=None):
         """With a `seed`, to train on: augmented, difficult objects left out."""
         self.recipe, self.seed = recipe, seed
-        images = {}
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                images.setdefault(path.stem, path)
+        images = {}         # by folder and stem, and by stem alone
+        for image in sorted(folder.rglob("*")):
+            if image.suffix.lower() in IMAGE_SUFFIXES:
+                images[image.parent, image.stem] = image
+                images.setdefault(image.stem, image)
         read = []
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"no annotation {path}, though its set lists it: add it, or take the line out of ImageSets")
-            if path.stem not in images:
+            places = (path.parent.parent / "JPEGImages", path.stem), (path.parent, path.stem), path.stem
+            image = next((images[place] for place in places if place in images), None)
+            if image is None:
                 raise ValueError(f"no image for {path}: expected {path.stem}.jpg (or .png ...) somewhere under {folder}")
-            read.append((images[path.stem], read_annotation(path), path))
+            read.append((image, read_annotation(path), path))
         self.classes = classes or sorted({name for _, objects, _ in read for name, _, _ in objects})
         label_of, self.records, changed, dropped = {name: i for i, name in enumerate(self.classes)}, [], 0, 0
         for image, objects, path in read:
@@ -345,6 +348,14 @@ def keep_known_classes(model, classes):
     model.classes = list(classes)
     return [name for name, label in zip(classes, old) if label is None]
 
+def gather(value):
+    """The values of all processes, in order of rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
 class Averages:
     """Means of the losses over the steps of all processes, under the reference's names. Nothing is read from the device
     until `read`."""
@@ -356,10 +367,9 @@ class Averages:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def read(self):
-        sums = torch.stack(list(self.sums.values()))
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        means = dict(zip(self.sums, (sums / sums[-1]).tolist()))
+        shares = gather(dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist())) if self.sums else {})
+        steps = sum(share.get("steps", 0) for share in shares)
+        means = {name: sum(share.get(name, 0) for share in shares) / steps for name in shares[0]}
         result = {"loss": means["loss"], "class_error": means["class_error"]}
         for name, value in means.items():
             if name.startswith("loss_"):
@@ -436,10 +446,7 @@ def evaluate(model, criterion, loader, args):
         found = post_process(outputs, torch.tensor([data.records[i][1] for i in indices]))
         predictions |= {i: {name: value.cpu() for name, value in one.items()} for i, one in zip(indices, found)}
         progress.show(step + 1, total)
-    if dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, predictions)
-        predictions = {i: one for share in shares for i, one in share.items()}
+    predictions = {i: one for share in gather(predictions) for i, one in share.items()}
     targets = [{"labels": labels, "boxes": boxes, "ignore": difficult & (not args.count_difficult)}
                for _, _, boxes, labels, difficult in data.records]
     return averages.read(), coco_ap([predictions[i] for i in range(len(data))], targets, len(data.classes))
@@ -532,7 +539,7 @@ def start_model(args, resume, classes):
             if args.rank == 0:
                 print(f"class head: {len(classes) - len(new)} of {len(classes)} classes known already; new: {', '.join(new) or 'none'}")
     model.classes, model.aux_loss = classes, True
-    return model.to(args.device)
+    return model.to(args.device, memory_format=torch.channels_last)     # as the backbone computes
 
 def run(args):
     resume, recipe = settle(args)
