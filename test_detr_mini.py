@@ -798,6 +798,7 @@ def test_resume_continues_bit_for_bit(folder, tmp_path, quick, monkeypatch, caps
     assert len(logs[0][0]["test_coco_eval_bbox"]) == 12
     assert {"train_loss", "test_loss_ce", "test_class_error", "test_cardinality_error_unscaled", "n_parameters"} <= set(logs[0][0])
     assert logs[0][3]["train_lr"] == pytest.approx(3e-5) and logs[0][2]["train_lr"] == pytest.approx(3e-4)      # the drop
+    assert Image.open(tmp_path / "a/curves.png").size == (1200, 900)
     best = load_detr(tmp_path / "a/best.pth")
     assert best.classes == ["green", "red"] and best.size == 48
     assert train(folder, tmp_path / "e", "--model", str(tmp_path / "a/best.pth"), "--eval") == 0 and not (tmp_path / "e").exists()

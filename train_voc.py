@@ -6,6 +6,7 @@
     python train_voc.py --data my_folder --model outputs/best.pth --eval
 """
 import argparse
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -460,6 +462,33 @@ def save(path, content):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
+# Title, name in the log, row and columns of each panel.
+PANELS = (("total loss", "loss", 0, slice(0, 3)), ("average precision", "coco_eval_bbox", 0, slice(3, 6)),
+          ("cross-entropy", "loss_ce", 1, slice(0, 2)), ("box, L1", "loss_bbox", 1, slice(2, 4)),
+          ("box, GIoU", "loss_giou", 1, slice(4, 6)), ("class error, %", "class_error", 2, slice(0, 3)),
+          ("cardinality error", "cardinality_error_unscaled", 2, slice(3, 6)))
+
+def draw_curves(history):
+    """The log as a PNG of seven panels, bytes: training solid, validation dashed; AP solid, AP50 and AP75 dashed."""
+    figure = Figure((12, 9), layout="constrained")
+    grid = figure.add_gridspec(3, 6)
+    for title, name, row, columns in PANELS:
+        axes = figure.add_subplot(grid[row, columns], title=title, xlabel="epoch")
+        for key, line, color in ((f"train_{name}", "-", "tab:blue"), (f"test_{name}", "--", "tab:orange")):
+            points = [(entry["epoch"] + 1, entry[key]) for entry in history if key in entry]
+            if points and name == "coco_eval_bbox":
+                for k, label, line in ((0, "AP", "-"), (1, "AP50", "--"), (2, "AP75", ":")):
+                    axes.plot(*zip(*((epoch, values[k]) for epoch, values in points)), line, label=label, color=color)
+            elif points:
+                axes.plot(*zip(*points), line, label="training" if line == "-" else "validation", color=color)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
 def arguments(argv):
     parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -612,6 +641,8 @@ def run(args):
         history.append(entry)
         if args.rank == 0:
             weights = model.state_dict()
+            if "test_loss" in entry:
+                save(args.output / "curves.png", draw_curves(history))
             if improved:        # for use: half the bytes
                 half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
                 save(args.output / "best.pth", {"model": half, "epoch": epoch, **about})
