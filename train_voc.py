@@ -47,7 +47,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 # Fine-tuning follows the paper (A.4) but for the batch norm's and the backbone's start; `tiny` starts from nothing.
 FINE_TUNE = dict(size=800, max_size=1333, zoom=None, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40, warmup=0, evaluate_every=1)
-TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=300, warmup=200, evaluate_every=20)
+TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=330, warmup=200, evaluate_every=20)
 
 
 # ---- Data: Annotations/*.xml, ImageSets/Main/*.txt, JPEGImages ----------------------------------------------------------
@@ -500,7 +500,7 @@ def arguments(argv):
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo (default: detr_resnet50), a checkpoint file, "
         "or tiny, a small detector trained from nothing")
     add("--new-head", action="store_true", help="forget the rows of the class head even of classes that the weights know")
-    add("--epochs", type=int, metavar="N", help="default 40, tiny 300; after three quarters the learning rate drops to a tenth")
+    add("--epochs", type=int, metavar="N", help="default 40, tiny 330; after three quarters the learning rate drops to a tenth")
     add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default 16; tiny 4)")
     add("--accumulate", type=int, default=1, metavar="N", help="compute each step in N parts, where memory is short (default 1)")
     add("--lr", type=float, metavar="F", help="learning rate (default 1e-4, and a tenth of it for the backbone; tiny 3e-4 for all)")
