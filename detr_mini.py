@@ -439,11 +439,11 @@ class SetCriterion(nn.Module):
         if self.training and dist.is_available() and dist.is_initialized():
             dist.all_reduce(shares)
             shares /= dist.get_world_size()
-        weights, num_boxes = shares[:-1], shares[-1].clamp(min=1)
+        weight_sums, num_boxes = shares[:-1], shares[-1].clamp(min=1)
         counts = torch.tensor(counts).to(logits.device, non_blocking=True)
         by_layer = len(layers), len(l) // len(layers)
         each_layer = {
-            "loss_ce": (weight * ce).sum((1, 2)) / weights,                         # (L,), each of them
+            "loss_ce": (weight * ce).sum((1, 2)) / weight_sums,                     # (L,), each of them
             "loss_bbox": l1.view(by_layer).sum(1) / num_boxes,
             "loss_giou": (1 - giou).view(by_layer).sum(1) / num_boxes,
             "cardinality_error": (found - counts).abs().float().mean(1)}

@@ -50,6 +50,23 @@ FINE_TUNE = dict(size=800, max_size=1333, zoom=None, lr=1e-4, lr_backbone=0.1, b
 TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=330, warmup=200, evaluate_every=20)
 
 
+class Progress:
+    """One line that is rewritten in a terminal, with images/s and the time left; silent elsewhere."""
+    def __init__(self, title, steps, batch_size=1):
+        self.title, self.steps, self.batch_size, self.start, self.shown = title, steps, batch_size, time.time(), time.time()
+
+    def show(self, step, loss=None):
+        now = time.time()
+        if sys.stderr.isatty() and (now - self.shown > 1 or step == self.steps):
+            self.shown, rate = now, step / max(now - self.start, 1e-6)
+            text = f"{step}/{self.steps}  " + (f"loss {loss.item():.3f}  " if loss is not None else "")
+            print(f"\r{self.title}  {text}{rate * self.batch_size:.1f} images/s  ETA {clock((self.steps - step) / rate)}   ",
+                  end="\n" if step == self.steps else "", file=sys.stderr, flush=True)
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
 # ---- Data: Annotations/*.xml, ImageSets/Main/*.txt, JPEGImages ----------------------------------------------------------
 
 def read_annotation(path):
@@ -114,8 +131,9 @@ class VOC(Dataset):
             if image.suffix.lower() in IMAGE_SUFFIXES:
                 images[image.parent, image.stem] = image
                 images.setdefault(image.stem, image)
-        read = []
+        read, progress = [], Progress("read annotations", len(paths))
         for path in paths:
+            progress.show(len(read) + 1)
             if not path.is_file():
                 raise ValueError(f"no annotation {path}, though its set lists it: add it, or take the line out of ImageSets")
             places = (path.parent.parent / "JPEGImages", path.stem), (path.parent, path.stem), path.stem
@@ -379,21 +397,6 @@ class Averages:
             elif name.startswith("cardinality"):
                 result[f"{name}_unscaled"] = value
         return result
-
-class Progress:
-    """One line that is rewritten in a terminal, with images/s and the time left; silent elsewhere."""
-    def __init__(self, title, steps, batch_size):
-        self.title, self.steps, self.batch_size, self.start, self.shown = title, steps, batch_size, time.time(), 0
-
-    def show(self, step, loss):
-        now = time.time()
-        if sys.stderr.isatty() and (now - self.shown > 1 or step == self.steps):
-            self.shown, rate = now, step / (now - self.start)
-            print(f"\r{self.title}  {step}/{self.steps}  loss {loss.item():.3f}  {rate * self.batch_size:.1f} images/s  "
-                  f"ETA {clock((self.steps - step) / rate)}   ", end="\n" if step == self.steps else "", file=sys.stderr, flush=True)
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 def named_error(error, data, targets):
     """The loss's complaint about "image b of the batch", with the names of the batch's images."""
