@@ -24,29 +24,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm
 import detr_mini
 import infer
 import train_voc
-from detr_mini import (
-    DETR,
-    ZOO,
-    BasicBlock,
-    FrozenBatchNorm2d,
-    HungarianMatcher,
-    MultiheadAttention,
-    PositionEmbeddingSine,
-    ResNet,
-    SetCriterion,
-    box_cxcywh_to_xyxy,
-    box_iou,
-    box_xyxy_to_cxcywh,
-    build_detr,
-    detect,
-    fit,
-    generalized_box_iou,
-    load_detr,
-    normalize,
-    pad_images,
-    post_process,
-    read_checkpoint,
-)
+from detr_mini import (DETR, ZOO, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, MultiheadAttention, PositionEmbeddingSine,
+                       ResNet, SetCriterion, box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, build_detr, detect, fit,
+                       generalized_box_iou, load_detr, normalize, pad_images, post_process, read_checkpoint)
 
 HERE = Path(__file__).parent
 PHOTOS = sorted((HERE / "assets").glob("BloodImage_*.jpg"))

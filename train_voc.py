@@ -25,27 +25,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as T
 
-from detr_mini import (
-    DETR,
-    BasicBlock,
-    FrozenBatchNorm2d,
-    HungarianMatcher,
-    ResNet,
-    SetCriterion,
-    box_xyxy_to_cxcywh,
-    build_detr,
-    fit,
-    load_detr,
-    normalize,
-    pad_images,
-    post_process,
-    read_checkpoint,
-    to_tensor,
-)
+from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
+                       fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
-# Fine-tuning follows the paper (A.4) but for the batch norm's and the backbone's start; `tiny` starts from nothing.
+# What a run does unless told otherwise: fine-tuning as the paper trains (A.4), and the small detector that starts from nothing.
+# lr_backbone is a factor on lr; warmup counts steps; evaluate_every counts epochs.
 FINE_TUNE = dict(size=800, max_size=1333, zoom=None, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40, warmup=0, evaluate_every=1)
 TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=330, warmup=200, evaluate_every=20)
 
