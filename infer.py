@@ -197,7 +197,8 @@ def main(argv=None):
         print(f"infer.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        print("infer.py: stopped; the pictures written so far are whole", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
