@@ -969,15 +969,18 @@ def test_wrong_arguments_of_infer(tmp_path, weights, capsys):
 
 
 def test_the_first_command_finds_the_cells(tmp_path):
-    """`python infer.py`, as the README has it: each bundled photograph shows one white cell, and many red ones."""
+    """`python infer.py`, as the README has it: the white cell of each bundled photograph, where BCCD marks it, and many red ones."""
+    marked = {"14": (236, 211, 379, 353), "17": (128, 215, 336, 391), "29": (75, 179, 224, 315)}
     run = subprocess.run([sys.executable, str(HERE / "infer.py"), "--json", "found.json"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "found.json").read_text())
     classes = load_detr("demo").classes
     for photo in PHOTOS:
         assert (tmp_path / f"detections/{photo.stem}.png").exists() and photo.stem in run.stdout
-        found = [classes[r["category_id"]] for r in results if r["image_id"] == photo.stem]
-        assert found.count("WBC") == 1 and found.count("RBC") >= 8
+        here = [(classes[r["category_id"]], r["bbox"]) for r in results if r["image_id"] == photo.stem]
+        white = torch.tensor([(x, y, x + w, y + h) for name, (x, y, w, h) in here if name == "WBC"])
+        assert len(white) and (box_iou(white, torch.tensor([marked[photo.stem[-2:]]]).float()) > 0.5).all()
+        assert 8 <= [name for name, _ in here].count("RBC") <= 40
     assert len(PHOTOS) == 3 and (HERE / "assets/demo.pth").stat().st_size < 12e6
 
 
