@@ -520,8 +520,11 @@ def test_the_zoos_files_load_by_name_and_know_their_dilation(tmp_path, monkeypat
 
 
 class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/detr_mini_was_here",)
+        return os.system, (f"touch {self.marker}",)
 
 
 def test_bad_checkpoints_are_refused_by_name(tmp_path):
@@ -532,11 +535,12 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
         bad.write_bytes(data)
         with pytest.raises(ValueError, match=f"bad.pth.*{message}"):
             load_detr(bad)
-    for entries in ({"model": Evil()}, {"model": small().state_dict(), "extra": Evil()}):
+    marker = tmp_path / "it_ran"
+    for entries in ({"model": Evil(marker)}, {"model": small().state_dict(), "extra": Evil(marker)}):
         torch.save(entries, bad)
         with pytest.raises(ValueError, match="never run"):
             load_detr(bad)
-    assert not Path("/tmp/detr_mini_was_here").exists()
+    assert not marker.exists()
     weights = small().state_dict()
     torch.save({**weights, "query_embed.weight": torch.zeros(9, 33)}, bad)
     with pytest.raises(ValueError, match="bad.pth.*query_embed.weight"):
@@ -609,6 +613,16 @@ def test_ap_equals_pycocotools(images, classes, most):
         for name in NAMES:
             assert ours[name] == pytest.approx(expected[name], abs=1e-9), name
         assert ours["AP50_per_class"] == pytest.approx(per_class, abs=1e-9)
+
+
+def test_ap_of_two_objects_as_near_as_each_other():
+    """The first detection overlaps both alike: COCO gives it the later object, which leaves the earlier one to the second."""
+    targets = [{"labels": torch.tensor([0, 0]), "boxes": torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10]])}]
+    predictions = [{"scores": torch.tensor([0.9, 0.8]), "labels": torch.tensor([0, 0]),
+                    "boxes": torch.tensor([[2.0, 0, 12, 10], [0, 0, 10, 10]])}]
+    ours = train_voc.coco_ap(predictions, targets, 1)
+    assert [ours[name] for name in NAMES] == pytest.approx(list(peer_ap(predictions, targets, 1)[0].values()), abs=1e-9)
+    assert ours["AP50"] == pytest.approx(1)
 
 
 def test_ap_of_nothing_and_of_the_truth():
