@@ -297,6 +297,7 @@ def test_compile_without_a_break_gives_the_same():
             close(compiled(*arguments)["pred_boxes"], model(*arguments)["pred_boxes"], atol=1e-5)
 
 
+@pytest.mark.xfail(torch.__version__.startswith("2.6."), reason="torch 2.6 guards on whether the height is odd, and gives up")
 def test_export_with_dynamic_height_and_width():
     model = randomize(small())
     sides = {2: torch.export.Dim("height", min=32, max=1333), 3: torch.export.Dim("width", min=32, max=1333)}
