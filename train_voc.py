@@ -384,10 +384,6 @@ class Averages:
                 result[f"{name}_unscaled"] = value
         return result
 
-def named_error(error, data, targets):
-    """The loss's complaint about "image b of the batch", with the names of the batch's images."""
-    return ValueError(f"{error}; the batch is {', '.join(str(data.records[target['index']][0]) for target in targets)}")
-
 def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
     """One pass over the training images; returns the averages of the losses."""
     model.train()
@@ -407,7 +403,8 @@ def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
             try:
                 losses = criterion(outputs, targets[start:end])
             except ValueError as error:
-                raise named_error(error, loader.dataset, batch[2]) from error
+                names = (str(loader.dataset.records[target["index"]][0]) for target in batch[2])
+                raise ValueError(f"{error}; the batch is {', '.join(names)}") from error
             total = criterion.total(losses)
             scaler.scale(total / len(parts)).backward()
             averages.add(losses, total)
@@ -579,17 +576,16 @@ def run(args):
                                    pin_memory=args.device.type == "cuda", persistent_workers=args.workers > 0)
 
     _, val_loader = load(val_data, False)
+    if not args.eval:
+        batches, train_loader = load(train_data, True)
+    model = start_model(args, resume, args.classes)
+    criterion = SetCriterion(len(args.classes), HungarianMatcher()).to(args.device)
     if args.eval:
-        model = start_model(args, resume, args.classes)
-        criterion = SetCriterion(len(args.classes), HungarianMatcher()).to(args.device)
         losses, ap = evaluate(model, criterion, val_loader, args)
         log(f"loss {losses['loss']:.3f} ", *(f"{name} {value:.3f} " for name, value in list(ap.items())[:12]))
         log("AP50: ", *(f"{name} {value:.3f} " for name, value in zip(args.classes, ap["AP50_per_class"])))
         return
 
-    batches, train_loader = load(train_data, True)
-    model = start_model(args, resume, args.classes)
-    criterion = SetCriterion(len(args.classes), HungarianMatcher()).to(args.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rates = {False: args.lr, True: args.lr * args.lr_backbone}
     groups = [{"params": [p for name, p in trained.items() if name.startswith("backbone") == backbone], "lr": rate, "base_lr": rate}
