@@ -1,6 +1,5 @@
 """Every number is held against code that nobody here wrote: transformers' DETR, torchvision, torch.nn, pycocotools, scipy."""
 import argparse
-import functools
 import hashlib
 import http.server
 import json
@@ -8,8 +7,10 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -386,7 +387,7 @@ def test_two_processes_have_the_loss_of_one(tmp_path):
     runs = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(rank), str(tmp_path / "meet")], cwd=HERE, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
     for run in runs:
-        out, err = run.communicate(timeout=120)
+        out, err = run.communicate(timeout=400)
         assert run.returncode == 0, err
         whole, mean = map(float, out.split())
         assert mean == pytest.approx(whole, abs=1e-5)
@@ -635,6 +636,34 @@ def test_ap_of_nothing_and_of_the_truth():
     assert perfect["AP"] == pytest.approx(1) == perfect["AR1"] and perfect["APs"] == -1
 
 
+@pytest.fixture
+def server(tmp_path):
+    """The network, as far as these tests go: serves the files of a folder on this machine, from any byte on. Of a file in
+    `cut` it sends only so many bytes a time."""
+    root, cut = tmp_path / "served", {}
+    root.mkdir()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = root / self.path.lstrip("/").split("?")[0]
+            if not path.is_file():
+                return self.send_error(404)
+            data, start = path.read_bytes(), int(self.headers.get("Range", "bytes=0-")[6:-1])
+            if start and start >= len(data):
+                return self.send_error(416)
+            self.send_response(206 if "Range" in self.headers else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start:start + cut.get(path.name, len(data))])
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield root, f"http://127.0.0.1:{running.server_port}/", cut
+        running.shutdown()
+
+
 # ---- train_voc.py -------------------------------------------------------------------------------------------------------
 
 def xml(objects, size=(96, 64), extra=""):
@@ -669,7 +698,8 @@ def quick(monkeypatch):
     def tiny(num_classes):
         return small(num_classes, norm=nn.BatchNorm2d)
     monkeypatch.setattr(train_voc, "tiny", tiny)
-    monkeypatch.setattr(train_voc, "TINY", {**train_voc.TINY, "size": 48, "max_size": 72, "epochs": 4, "warmup": 2, "evaluate_every": 1})
+    monkeypatch.setattr(train_voc, "TINY", {**train_voc.TINY, "size": 48, "max_size": 72, "epochs": 4, "warmup": 2, "evaluate_every": 1,
+                                            "batch_size": 4, "lr": 3e-4, "ema": 0.5})
 
 
 def train(folder, output, *more):
@@ -677,7 +707,7 @@ def train(folder, output, *more):
 
 
 def test_annotations_as_they_are_meant(folder):
-    data = train_voc.VOC(train_voc.find_sets(folder, ["train", "val"], 0), folder)
+    data = train_voc.VOC(train_voc.find_sets(folder, ["train", "val"], 0), train_voc.images_under(folder))
     assert data.classes == ["green", "red"] and len(data) == 12
     assert data.records[1][4].tolist() == [False, True]
     path, size, boxes, labels, difficult = data.records[0]
@@ -688,6 +718,68 @@ def test_annotations_as_they_are_meant(folder):
     assert len(data.records[11][2]) == 0
 
 
+@pytest.fixture
+def voc(folder, tmp_path, server, monkeypatch):
+    """The folder as VOC2012's archive, on a server, and a place to fetch it to."""
+    root, url, cut = server
+    archive = root / "good/VOCtrainval_11-May-2012.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        tar.add(folder, "VOCdevkit/VOC2012")
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(train_voc.ARCHIVES, "2012", (archive.name, md5))
+    monkeypatch.setattr(train_voc, "MIRRORS", (url + "dead/{file}", url + "good/{file}"))
+    return archive, cut, tmp_path / "data2/VOCdevkit"
+
+
+def test_voc_is_fetched_once(voc, monkeypatch, quick, tmp_path, capsys):
+    archive, _, data = voc
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree("data")
+    arguments = ["--model", "tiny", "--epochs", "1", "--device", "cpu", "--workers", "0", "--output", str(tmp_path / "out")]
+    assert train_voc.main(arguments) == 0
+    out, error = capsys.readouterr()
+    assert "dead" in error and "404" in error and "train: 8 images" in out and "val: 4 images" in out
+    archive.unlink()
+    assert train_voc.main(arguments) == 0                                 # the second time without the network
+    shutil.rmtree("data/VOCdevkit")
+    train_voc.fetch_voc(Path("data/VOCdevkit"), ["2012_val"])             # nor is it asked for what is only to be unpacked
+    assert (tmp_path / "data/VOCdevkit/VOC2012/JPEGImages/03.png").is_file()
+
+
+def test_a_download_that_is_cut_off_goes_on(voc, capsys):
+    archive, cut, data = voc
+    cut[archive.name] = archive.stat().st_size // 3            # three connections
+    train_voc.fetch_voc(data, ["2012_train"])
+    out, error = capsys.readouterr()
+    assert error.count("cut off") == 2 and out.count("good/VOC") == 3 and "from byte" in out
+    assert len(train_voc.find_sets(data, ["2012_train"], 0)) == 8
+
+
+def test_a_download_that_is_another_file_is_refused(voc, monkeypatch):
+    archive, _, data = voc
+    good = archive.read_bytes()
+    archive.write_bytes(bytes(len(good)))
+    with pytest.raises(OSError, match="MD5.*by hand"):
+        train_voc.fetch_voc(data, ["2012_train"])
+    assert not data.exists() and not list(data.parent.iterdir())
+    part = data.parent / (archive.name + ".part")
+    part.write_bytes(b"what another mirror had sent")                     # is kept by no checksum: fetched anew
+    archive.write_bytes(good)
+    train_voc.fetch_voc(data, ["2012_train"])
+    assert data.is_dir() and not part.exists()
+
+
+def test_an_archive_never_writes_outside_its_folder(voc, monkeypatch):
+    archive, _, data = voc
+    with tarfile.open(archive, "w") as tar:
+        tar.add(__file__, "../escaped.py")
+    monkeypatch.setitem(train_voc.ARCHIVES, "2012", (archive.name, hashlib.md5(archive.read_bytes()).hexdigest()))
+    with pytest.raises(OSError, match="cannot be unpacked"):
+        train_voc.fetch_voc(data, ["2012_train"])
+    assert not (data.parent.parent / "escaped.py").exists()
+
+
 def test_any_folder_of_images_and_annotations(tmp_path):
     for i in range(10):
         (tmp_path / f"deep/{i}").mkdir(parents=True)
@@ -696,7 +788,7 @@ def test_any_folder_of_images_and_annotations(tmp_path):
     train_set, val_set = (train_voc.find_sets(tmp_path, [name], 0) for name in ("train", "val"))
     assert len(train_set) == 8 and len(val_set) == 2 and not set(train_set) & set(val_set)
     assert train_set == train_voc.find_sets(tmp_path, ["train"], 0) != train_voc.find_sets(tmp_path, ["train"], 1)
-    data = train_voc.VOC(train_set, tmp_path, ["a", "b"])
+    data = train_voc.VOC(train_set, train_voc.images_under(tmp_path), ["a", "b"])
     assert data.records[0][2].tolist() == [[0, 2.5, 96, 40.25]]
     assert "8 boxes clipped" in data.summary and "8 without area dropped" in data.summary
 
@@ -753,8 +845,8 @@ def test_augmentation_moves_boxes_with_their_pixels(recipe):
 
 def test_the_same_picture_for_any_number_of_workers(folder):
     paths = train_voc.find_sets(folder, ["train"], 0)
-    one, two = (train_voc.VOC(paths, folder, seed=0)[(3, 1)] for _ in range(2))
-    other = train_voc.VOC(paths, folder, seed=0)[(4, 1)]
+    one, two = (train_voc.VOC(paths, train_voc.images_under(folder), seed=0)[(3, 1)] for _ in range(2))
+    other = train_voc.VOC(paths, train_voc.images_under(folder), seed=0)[(4, 1)]
     assert torch.equal(one[0], two[0]) and torch.equal(one[1]["boxes"], two[1]["boxes"])
     assert one[0].shape != other[0].shape or not torch.equal(one[0], other[0])
     assert len(one[1]["labels"]) <= 1        # its difficult object is not trained on
@@ -784,8 +876,10 @@ def test_resume_continues_bit_for_bit(folder, tmp_path, quick, monkeypatch, caps
     torch.manual_seed(12345)
     assert train(folder, tmp_path / "c", "--resume") == 0
     straight, resumed = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ac")
-    for name, tensor in straight["model"].items():
-        assert torch.equal(tensor, resumed["model"][name]), name
+    for weights in ("training", "model"):       # as trained, and averaged
+        for name, tensor in straight[weights].items():
+            assert torch.equal(tensor, resumed[weights][name]), name
+    assert not torch.equal(straight["model"]["class_embed.bias"], straight["training"]["class_embed.bias"])
     for state, expected in zip(resumed["optimizer"]["state"].values(), straight["optimizer"]["state"].values()):
         assert torch.equal(state["exp_avg_sq"], expected["exp_avg_sq"])
     logs = [[json.loads(line) for line in (tmp_path / name / "log.txt").read_text().splitlines()] for name in "ac"]
@@ -836,7 +930,7 @@ def test_a_loss_that_is_not_finite_names_the_batch(folder, tmp_path, quick, caps
 
 
 def test_one_batch_is_learnt_by_heart(folder):
-    data = train_voc.VOC(train_voc.find_sets(folder, ["train"], 0), folder, recipe={**train_voc.TINY, "size": 48, "max_size": 72})
+    data = train_voc.VOC(train_voc.find_sets(folder, ["train"], 0), train_voc.images_under(folder), recipe={**train_voc.TINY, "size": 48, "max_size": 72})
     images, mask, targets = train_voc.to_device(*train_voc.collate([data[(0, i)] for i in range(4)]), "cpu")
     model, criterion = small(2, norm=nn.BatchNorm2d, aux_loss=True), SetCriterion(2, HungarianMatcher())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -931,30 +1025,15 @@ def test_folders_and_equal_names(tmp_path, weights, capsys):
     assert see(tmp_path, weights, tmp_path / "empty") == 2 and "empty: a folder without images" in capsys.readouterr().err
 
 
-@pytest.fixture
-def server(tmp_path):
-    """The network, as far as these tests go: serves the files of a folder on this machine."""
-    root = tmp_path / "served"
-    root.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=root)) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield root, f"http://127.0.0.1:{running.server_port}/"
-        running.shutdown()
-
-
 def test_pictures_from_the_network(tmp_path, weights, server, capsys):
-    root, url = server
+    root, url, _ = server
     Image.new("RGB", (60, 40)).save(root / "far.png")
     assert see(tmp_path, weights, url + "far.png?size=big") == 0 and (tmp_path / "seen/far.png").exists()
     assert see(tmp_path, weights, url + "gone.png") == 2 and "gone.png" in capsys.readouterr().err
 
 
 def test_weights_from_the_network(tmp_path, server, monkeypatch, capsys):
-    root, url = server
+    root, url, _ = server
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(detr_mini, "ZOO_URL", url)
     torch.save({"model": small(num_classes=91).state_dict(), "config": {"nheads": 4}}, root / "model.pth")

