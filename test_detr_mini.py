@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -692,14 +693,18 @@ def folder(tmp_path):
     return data
 
 
+def quick_tiny(num_classes):
+    return small(num_classes, norm=nn.BatchNorm2d)
+
+
+QUICK = {**train_voc.TINY, "size": 48, "max_size": 72, "epochs": 4, "warmup": 2, "evaluate_every": 1, "batch_size": 4, "lr": 3e-4, "ema": 0.5}
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Training at a size that tests can afford; everything else as it is."""
-    def tiny(num_classes):
-        return small(num_classes, norm=nn.BatchNorm2d)
-    monkeypatch.setattr(train_voc, "tiny", tiny)
-    monkeypatch.setattr(train_voc, "TINY", {**train_voc.TINY, "size": 48, "max_size": 72, "epochs": 4, "warmup": 2, "evaluate_every": 1,
-                                            "batch_size": 4, "lr": 3e-4, "ema": 0.5})
+    monkeypatch.setattr(train_voc, "tiny", quick_tiny)
+    monkeypatch.setattr(train_voc, "TINY", QUICK)
 
 
 def train(folder, output, *more):
@@ -887,10 +892,60 @@ def test_resume_continues_bit_for_bit(folder, tmp_path, quick, monkeypatch, caps
     assert len(logs[0][0]["test_coco_eval_bbox"]) == 12
     assert {"train_loss", "test_loss_ce", "test_class_error", "test_cardinality_error_unscaled", "n_parameters"} <= set(logs[0][0])
     assert logs[0][3]["train_lr"] == pytest.approx(3e-5) and logs[0][2]["train_lr"] == pytest.approx(3e-4)      # the drop
-    assert Image.open(tmp_path / "a/curves.png").size == (1200, 900)
+    assert Image.open(tmp_path / "a/curves.png").size == (1200, 900) and Image.open(tmp_path / "a/detections.png").size == (2400, 1200)
     best = load_detr(tmp_path / "a/best.pth")
     assert best.classes == ["green", "red"] and best.size == 48
     assert train(folder, tmp_path / "e", "--model", str(tmp_path / "a/best.pth"), "--eval") == 0 and not (tmp_path / "e").exists()
+
+
+def test_killed_while_it_saves(folder, tmp_path, quick):
+    """SIGKILL, with the third checkpoint written but not yet renamed: what is there resumes to the weights of a whole run."""
+    program = """
+import os, signal, sys, test_detr_mini, train_voc
+train_voc.tiny, train_voc.TINY = test_detr_mini.quick_tiny, test_detr_mini.QUICK
+replace, saves = os.replace, []
+def killed(source, target):
+    saves.append(target)
+    if sum(path.name == "checkpoint.pth" for path in saves) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = killed
+train_voc.main(sys.argv[1:])
+"""
+    arguments = ["--data", str(folder), "--model", "tiny", "--device", "cpu", "--workers", "0", "--output", str(tmp_path / "killed")]
+    died = subprocess.run([sys.executable, "-c", program, *arguments], cwd=HERE, capture_output=True, timeout=400)
+    assert died.returncode == -9 and (tmp_path / "killed/checkpoint.pth.tmp").exists()
+    assert read_checkpoint(tmp_path / "killed/checkpoint.pth")["epoch"] == 1
+    assert train(folder, tmp_path / "killed", "--resume") == 0 and train(folder, tmp_path / "whole", "--model", "tiny") == 0
+    killed, whole = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("killed", "whole"))
+    assert all(torch.equal(value, whole["training"][name]) for name, value in killed["training"].items())
+    assert (tmp_path / "killed/log.txt").read_text() == (tmp_path / "whole/log.txt").read_text()
+
+
+def test_two_processes_train_and_evaluate_as_one(folder, tmp_path):
+    program = """
+import sys, test_detr_mini, train_voc
+train_voc.tiny, train_voc.TINY = test_detr_mini.small, test_detr_mini.QUICK     # a frozen norm: statistics are a process's own
+sys.exit(train_voc.main(sys.argv[1:]))
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    logs = []
+    for world in (1, 2):
+        arguments = ["--data", str(folder), "--model", "tiny", "--epochs", "2",
+                     "--device", "cpu", "--workers", "0", "--output", str(tmp_path / str(world))]
+        alone = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+        running = [subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                    env={**os.environ, **alone, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+        out = [process.communicate(timeout=400)[0] for process in running]
+        assert all(process.returncode == 0 for process in running), out
+        assert len(out) == 1 or "epoch" not in out[1]       # only the first speaks, and writes
+        logs.append([json.loads(line) for line in (tmp_path / str(world) / "log.txt").read_text().splitlines()])
+    for one, two in zip(*logs):
+        assert one.keys() == two.keys() and len(one) > 30
+        for name in one.keys() - {"train_class_error", "test_class_error"}:      # a mean of ratios, which is each process's own
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), name
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -943,6 +998,16 @@ def test_one_batch_is_learnt_by_heart(folder):
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_benchmark_needs_no_data(quick, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert train_voc.main(["--benchmark", "--model", "tiny", "--device", "cpu", "--workers", "0", "--batch-size", "2"]) == 0
+    out = capsys.readouterr().out
+    for pattern in (r"load +[\d.]+ images/s", r"train +[\d.]+ images/s +[\d.]+ TFLOP/s", r"evaluate +[\d.]+ images/s", r"peak memory [\d.]+ GiB",
+                    r"40 epochs of VOC2012.*\d+:\d\d:\d\d"):
+        assert re.search(pattern, out), pattern
+    assert not list(tmp_path.iterdir())
 
 
 # ---- infer.py -----------------------------------------------------------------------------------------------------------

@@ -45,13 +45,13 @@ from infer import draw
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 # What a run does unless told otherwise: fine-tuning as the paper trains (A.4), and the small detector that starts from nothing.
-# grow: the share of the size that the first pictures have; all of it from 60 % of the epochs on. ema: weight of the old in the
-# running average of the weights, which is what is evaluated and kept. lr_backbone is a factor on lr; warmup counts steps;
-# evaluate_every counts epochs.
-FINE_TUNE = dict(size=800, max_size=1333, grow=1, zoom=None, eos_coef=0.1, ema=0, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40,
+# eos_coef: the weight of "no object", and that of the last 40 % of the epochs, where doubles are to go. ema: the weight of the old
+# in the running average of the weights, which is what is evaluated and kept. lr_backbone is a factor on lr; warmup counts
+# steps; evaluate_every counts epochs.
+FINE_TUNE = dict(size=800, max_size=1333, zoom=None, eos_coef=(0.1, 0.1), ema=0, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40,
                  warmup=0, evaluate_every=1)
-TINY = dict(size=192, max_size=256, grow=0.5, zoom=(0.95, 1.4), eos_coef=0.4, ema=0.998, lr=4e-4, lr_backbone=1.0, batch_size=8, epochs=500,
-            warmup=300, evaluate_every=20)
+TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), eos_coef=(0.1, 0.4), ema=0.999, lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=550,
+            warmup=200, evaluate_every=10)
 
 
 class Progress:
@@ -254,10 +254,7 @@ class VOC(Dataset):
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: the image cannot be decoded ({error}): replace it, or take it out of the set") from error
         if self.seed is not None:
-            grow = self.recipe["grow"]
-            share = round(8 * min(1, grow + (1 - grow) * epoch / (0.6 * self.recipe["epochs"]))) / 8
-            recipe = {**self.recipe, "size": int(self.recipe["size"] * share), "max_size": int(self.recipe["max_size"] * share)}
-            image, boxes, labels = augment(image, boxes[~difficult], labels[~difficult], recipe,
+            image, boxes, labels = augment(image, boxes[~difficult], labels[~difficult], self.recipe,
                                            random.Random(f"{self.seed} {epoch} {index}"))
         else:
             image = T.resize(image, fit(h, w, self.recipe["size"], self.recipe["max_size"]), antialias=True)
@@ -341,27 +338,26 @@ def coco_ap(predictions, targets, num_classes):
     Returns AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl as fractions, -1 where nothing is counted, and
     AP50_per_class, a list.
     """
-    ends = np.array(list(AREAS.values()))
-    entries = [[] for _ in range(num_classes)]      # by class: (scores, ranks, hits (A, T, D), ignored (A, T, D)) an image
+    ends, parts = np.array(list(AREAS.values())), []
     positives = np.zeros((num_classes, len(AREAS)), int)
     for prediction, target in zip(predictions, targets, strict=True):
-        scores, labels, boxes = (np.asarray(prediction[name]) for name in ("scores", "labels", "boxes"))
-        scores, boxes = scores.astype(float), boxes.reshape(-1, 4).astype(float)
-        gt_labels, gt_boxes = np.asarray(target["labels"]), np.asarray(target["boxes"]).reshape(-1, 4).astype(float)
+        order = np.argsort(-np.asarray(prediction["scores"], float), kind="stable")
+        scores, labels, boxes = (np.asarray(prediction[name])[order] for name in ("scores", "labels", "boxes"))
+        ranks = np.tril(labels[:, None] == labels, -1).sum(1)                          # within the class and the image
+        scores, labels, boxes, ranks = (values[ranks < 100] for values in (scores, labels, boxes.reshape(-1, 4), ranks))
+        gt_labels, gt_boxes = np.asarray(target["labels"]).astype(int), np.asarray(target["boxes"], float).reshape(-1, 4)
         crowd = np.asarray(target["ignore"], bool) if "ignore" in target else np.zeros(len(gt_labels), bool)
-        for label in np.union1d(labels, gt_labels).astype(int):
-            rows = np.flatnonzero(labels == label)
-            rows = rows[np.argsort(-scores[rows], kind="stable")][:100]
-            columns = gt_labels == label
-            hits, ignored, counted = match_detections(boxes[rows], gt_boxes[columns], crowd[columns], ends)
-            positives[label] += counted
-            entries[label].append((scores[rows], np.arange(len(rows)), hits, ignored))
+        hits, ignored, skip = match_detections(boxes.astype(float), labels, gt_boxes, gt_labels, crowd, ends)
+        np.add.at(positives, gt_labels, ~skip.T)
+        parts.append((scores.astype(float), labels, ranks, hits, ignored))
 
     precision = -np.ones((len(IOUS), len(RECALLS), num_classes, len(AREAS)))
     recall = -np.ones((3, len(IOUS), num_classes, len(AREAS)))                         # at 1, 10, 100 detections an image
+    if parts:
+        scores, labels, ranks, hits, ignored = (np.concatenate(part, -1) for part in zip(*parts))
+        by_score = np.argsort(-scores, kind="stable")
     for label, area in zip(*np.nonzero(positives)):
-        scores, ranks, hits, ignored = (np.concatenate(part, -1) for part in zip(*entries[label]))
-        order = np.argsort(-scores, kind="stable")
+        order = by_score[labels[by_score] == label]
         for k, most in enumerate((1, 10, 100)):
             few = order[ranks[order] < most]
             hit, counts = hits[area][:, few], ~ignored[area][:, few]
@@ -383,35 +379,36 @@ def coco_ap(predictions, targets, num_classes):
     result |= {f"AR{name}": mean(recall[2, ..., i]) for i, name in enumerate(AREAS) if name}
     return result | {"AP50_per_class": [mean(precision[0, :, label, 0]) for label in range(num_classes)]}
 
-def match_detections(boxes, gt_boxes, crowd, ends):
-    """Greedy matching of one class in one image, best score first: boxes (D, 4), gt_boxes (G, 4), crowd (G,), ends (A, 2).
+def match_detections(boxes, labels, gt_boxes, gt_labels, crowd, ends):
+    """Greedy matching within the classes of one image: boxes (D, 4), labels (D,), the best first; gt_boxes (G, 4),
+    gt_labels (G,), crowd (G,) bool; ends (A, 2) of the area ranges.
 
-    Returns hits and ignored, (A, T, D) bool, and the number of objects that count in each area range, (A,).
+    Returns hits and ignored, (A, T, D) bool, and skip, (A, G) bool: which objects do not count.
     """
     size, gt_size = (b[:, 2:] - b[:, :2] for b in (boxes, gt_boxes))
     area, gt_area = size.prod(1), gt_size.prod(1)
     outside = (area < ends[:, :1]) | (area > ends[:, 1:])                              # (A, D)
     skip = crowd | (gt_area < ends[:, :1]) | (gt_area > ends[:, 1:])                   # (A, G)
-    shape = len(ends), len(IOUS), len(boxes)
-    hits, ignored = np.zeros(shape, bool), np.broadcast_to(outside[:, None], shape).copy()
+    hits = np.zeros((len(ends), len(IOUS), len(boxes)), bool)
+    ignored = np.repeat(outside[:, None], len(IOUS), 1)
     if len(gt_boxes) and len(boxes):
         corner, gt_corner = boxes[:, :2] + size, gt_boxes[:, :2] + gt_size
         overlap = np.minimum(corner[:, None], gt_corner) - np.maximum(boxes[:, None, :2], gt_boxes[:, :2])
         overlap = overlap.clip(0).prod(2)
         iou = overlap / np.where(crowd, area[:, None], area[:, None] + gt_area - overlap)   # (D, G)
+        iou = np.where(labels[:, None] == gt_labels, iou, -1)
         free = np.ones((len(ends), len(IOUS), len(gt_boxes)), bool)
-        for d, row in enumerate(iou):
-            if row.max() < IOUS[0]:
-                continue
-            can = (free | crowd) & (row >= IOUS[:, None])                              # (A, T, G)
-            prefer = can & ~skip[:, None]                                              # an object that counts goes first
+        for d in np.flatnonzero(iou.max(1) >= IOUS[0]):
+            near = np.flatnonzero(iou[d] >= IOUS[0])                                   # (G',), few
+            can = (free[..., near] | crowd[near]) & (iou[d, near] >= IOUS[:, None])    # (A, T, G')
+            prefer = can & ~skip[:, None, near]                                        # an object that counts goes first
             can = np.where(prefer.any(2, keepdims=True), prefer, can)
-            best = len(row) - 1 - np.where(can, row, -1)[..., ::-1].argmax(2)          # (A, T), the last of equals
+            best = near[len(near) - 1 - np.where(can, iou[d, near], -1)[..., ::-1].argmax(2)]   # (A, T), the last of equals
             hits[..., d] = can.any(2)
             a, t = np.nonzero(hits[..., d])
             free[a, t, best[a, t]] = False
             ignored[a, t, d] = skip[a, best[a, t]]
-    return hits, ignored, (~skip).sum(1)
+    return hits, ignored, skip
 
 
 # ---- Training ------------------------------------------------------------------------------------------------------------
@@ -419,7 +416,7 @@ def match_detections(boxes, gt_boxes, crowd, ends):
 def tiny(num_classes):
     """A DETR of 2.2 million parameters with stride 16 and a trainable batch norm, to be trained from scratch."""
     backbone = ResNet(BasicBlock, (2, 2, 2), width=32, norm=nn.BatchNorm2d)
-    return DETR(num_classes, backbone, hidden_dim=128, nheads=8, enc_layers=2, dec_layers=4, dim_feedforward=512, num_queries=80,
+    return DETR(num_classes, backbone, hidden_dim=128, nheads=4, enc_layers=2, dec_layers=4, dim_feedforward=512, num_queries=60,
                 dropout=0.0)
 
 def to_device(batch, mask, targets, device):
@@ -609,7 +606,7 @@ def benchmark(args, recipe):
         model = tiny(20) if args.model == "tiny" else DETR(20, "resnet101" if "101" in args.model else "resnet50", dilation)
         model.aux_loss = True
         model.to(args.device, memory_format=torch.channels_last)
-        criterion = SetCriterion(20, HungarianMatcher(), args.eos_coef).to(args.device)
+        criterion = SetCriterion(20, HungarianMatcher(), args.eos_coef[0]).to(args.device)
         optimizer, scaler = make_optimizer(model, args), make_scaler(args)
 
         def train():
@@ -714,7 +711,6 @@ def settle(args):
     for name, value in {**recipe, "seed": 0, **settings}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    recipe["epochs"] = args.epochs
     if args.classes:
         args.classes = args.classes.split(",")
     elif resume or args.eval:
@@ -768,7 +764,7 @@ def run(args):
 
     val_loader = make_loader(val_data, args)
     model = start_model(args, resume, args.classes)
-    criterion = SetCriterion(len(args.classes), HungarianMatcher(), args.eos_coef).to(args.device)
+    criterion = SetCriterion(len(args.classes), HungarianMatcher(), args.eos_coef[0]).to(args.device)
     if args.eval:
         losses, ap, _ = evaluate(model, criterion, val_loader, args)
         log(f"loss {losses['loss']:.3f} ", *(f"{name} {value:.3f} " for name, value in list(ap.items())[:12]))
@@ -797,7 +793,7 @@ def run(args):
         scaler.load_state_dict(resume["scaler"])
         for group, fresh in zip(optimizer.param_groups, make_optimizer(model, args).param_groups):
             group["base_lr"] = fresh["base_lr"]         # of a new --lr, if one is given
-        model.load_state_dict(resume["training"])
+        model.load_state_dict(resume.get("training", resume["model"]))
         first, best, history = resume["epoch"] + 1, resume["best"], resume["history"]
 
     parallel = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
@@ -805,6 +801,7 @@ def run(args):
     began = time.time()
     for epoch in range(first, args.epochs):
         train_loader.batch_sampler.epoch = epoch
+        criterion.class_weight[-1] = args.eos_coef[epoch >= 0.6 * args.epochs]
         torch.manual_seed(hash((args.seed, epoch, args.rank)) % 2**32)      # dropout: the same whether resumed or not
         losses = train_one_epoch(parallel, criterion, optimizer, scaler, train_loader, epoch, args)
         if not math.isfinite(losses["loss"]):
