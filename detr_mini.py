@@ -584,7 +584,8 @@ def load_detr(source, num_classes=None, device="cpu"):
                 raise OSError(f"could not fetch {ZOO_URL + path.name} ({error}): put that file at {path} by hand; "
                               "`python infer.py` alone runs the bundled model") from error
     checkpoint = read_checkpoint(path)
-    config = checkpoint.get("config") or vars(checkpoint.get("args", argparse.Namespace()))
+    config = checkpoint.get("config", checkpoint.get("args", {}))       # ours, or a published training checkpoint's
+    config = vars(config) if isinstance(config, argparse.Namespace) else config if isinstance(config, dict) else {}
     try:
         model = build_detr(checkpoint["model"], config.get("nheads", 8), config.get("dilation", "-dc5" in path.name))
     except ValueError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from detr_mini import ZOO, detect, fit, load_detr
+from detr_mini import DETR, ZOO, detect, fit, load_detr
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"}
 PALETTE = ["#ff8c00", "#1f77ff", "#00a651", "#e6194b", "#911eb4", "#00b8d4", "#f032e6", "#808000", "#9a6324", "#3b3b98"]
@@ -87,27 +87,63 @@ def draw_attention(picture, boxes_picture, found, attention):
     return canvas
 
 
+def in_transformers(model):
+    """A detector of the same architecture from the `transformers` library, random weights, or None where it is not installed."""
+    try:
+        from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+    except ImportError:
+        return None
+    body, layers = model.backbone[0].body, model.transformer
+    stages = [getattr(body, name) for name in body.stages]
+    resnet = ResNetConfig(embedding_size=len(body.conv1.weight), depths=[len(stage) for stage in stages],
+                          hidden_sizes=[body.num_channels // 2**i for i in reversed(range(len(stages)))],
+                          layer_type="bottleneck" if hasattr(stages[0][0], "conv3") else "basic", out_features=[f"stage{len(stages)}"])
+    heads, width = layers.encoder.layers[0].self_attn.heads, layers.encoder.layers[0].linear1.out_features
+    config = DetrConfig(backbone_config=resnet, num_labels=len(model.classes), num_queries=model.query_embed.num_embeddings,
+                        d_model=model.query_embed.embedding_dim, encoder_layers=len(layers.encoder.layers),
+                        decoder_layers=len(layers.decoder.layers), encoder_attention_heads=heads, decoder_attention_heads=heads,
+                        encoder_ffn_dim=width, decoder_ffn_dim=width)
+    return DetrForObjectDetection(config).eval()
+
+
 def benchmark(model, device):
-    """Latency of one image and of eight, eager and compiled, at the model's own size."""
+    """Latency at the model's own size: float32 and bfloat16, eager and compiled, turn by turn with transformers' DETR."""
     height, width = model.size, min(model.max_size, model.size * 4 // 3)
-    print(f"{torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, "
-          f"{height}x{width}, float32, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    for name, run in (("eager", model), ("compiled", torch.compile(model))):
-        for batch in (1, 8):
-            images, times = torch.randn(batch, 3, height, width, device=device), []
+    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__} on {where}, {height}x{width}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+          f"{weights / 2**20:.0f} MiB of weights")
+    peer = None if model.backbone[0].body.dilation else in_transformers(model)
+    runs = {"eager float32": (model, False), "eager bfloat16": (model, True), "compiled float32": (torch.compile(model), False)}
+    if peer:
+        runs |= {"transformers float32": (peer.to(device), False), "transformers bfloat16": (peer, True)}
+
+    @torch.inference_mode()
+    def seconds(run, half, images):
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            run(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for batch in (1, 16) if device.type == "cuda" else (1,):
+        images, times = torch.randn(batch, 3, height, width, device=device), {}
+        for name, run in runs.items():
             try:
-                with torch.inference_mode():
-                    while len(times) < 6 or len(times) < 33 and sum(times[3:]) < 10:    # the first three warm up
-                        start = time.perf_counter()
-                        run(images)
-                        if device.type == "cuda":
-                            torch.cuda.synchronize()
-                        times.append(time.perf_counter() - start)
+                for _ in range(3):
+                    seconds(*run, images)
+                times[name] = []
             except Exception as error:      # torch.compile needs a C++ compiler, or Triton, which not every machine has
-                print(f"{name:9} batch {batch}: not possible here ({type(error).__name__})")
-                continue
-            median = statistics.median(times[3:])
-            print(f"{name:9} batch {batch}: {1000 * median:8.1f} ms  {batch / median:7.1f} images/s", flush=True)
+                print(f"batch {batch}  {name:21} not possible here ({type(error).__name__})")
+        start = time.perf_counter()
+        while time.perf_counter() - start < 60 and len(next(iter(times.values()))) < 30:
+            for name, taken in times.items():
+                taken.append(seconds(*runs[name], images))
+        medians = {name: statistics.median(taken) for name, taken in times.items()}
+        for name, median in medians.items():
+            ratio = f"  {medians['transformers float32'] / median:5.2f} x transformers float32" if peer else ""
+            print(f"batch {batch}  {name:21} {1000 * median:8.1f} ms  {batch / median:7.1f} images/s{ratio}", flush=True)
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
 
@@ -141,7 +177,8 @@ def arguments(argv):
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all detections in COCO's results format, too")
     parser.add_argument("--attention", action="store_true", help="show where each detection's query looked, beside the boxes")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default)")
-    parser.add_argument("--benchmark", action="store_true", help="time the model on this device instead")
+    parser.add_argument("--benchmark", action="store_true", help="time the model (default: detr_resnet50) on this device "
+                        "instead, side by side with transformers' where that is installed; nothing is fetched")
     return parser.parse_args(argv)
 
 
@@ -149,10 +186,12 @@ def run(args):
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.benchmark:      # the time does not depend on the weights: those of the zoo are not fetched
+        name = args.weights or "detr_resnet50"
+        model = DETR(backbone=name.split("_")[1], dilation="dc5" in name) if name in ZOO else load_detr(name)
+        return benchmark(model.to(device).eval(), torch.device(device))
     sources = find_images(args.images or sorted((Path(__file__).parent / "assets").glob("*.jpg")))
     model = load_detr(args.weights or ("detr_resnet50" if args.images else "demo"), device=device)
-    if args.benchmark:
-        return benchmark(model, torch.device(device))
     cross_attention = model.transformer.decoder.layers[-1].multihead_attn
     cross_attention.keep_weights = args.attention
 

@@ -44,6 +44,10 @@ from infer import draw
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
+# COCO's names of VOC's classes, where they differ.
+COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
+              "sofa": "couch", "tvmonitor": "tv"}
+
 # What a run does unless told otherwise: fine-tuning as the paper trains (A.4), and the small detector that starts from nothing.
 # eos_coef: the weight of "no object", and that of the last 40 % of the epochs, where doubles are to go. ema: the weight of the old
 # in the running average of the weights, which is what is evaluated and kept. lr_backbone is a factor on lr; warmup counts
@@ -220,6 +224,7 @@ class VOC(Dataset):
             read.append((image, read_annotation(path), path))
         self.classes = classes or sorted({name for _, objects, _ in read for name, _, _ in objects})
         label_of, self.records, changed, dropped = {name: i for i, name in enumerate(self.classes)}, [], 0, 0
+        label_of = {name: label_of[coco] for name, coco in COCO_NAMES.items() if coco in label_of} | label_of
         for image, objects, path in read:
             try:
                 with Image.open(image) as picture:
@@ -427,10 +432,6 @@ def to_device(batch, mask, targets, device):
         images = images.masked_fill(mask[:, None], 0)
     targets = [{name: target[name].to(device, non_blocking=True) for name in ("labels", "boxes")} for target in targets]
     return images, mask, targets
-
-# COCO's names of VOC's classes, where they differ.
-COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
-              "sofa": "couch", "tvmonitor": "tv"}
 
 def keep_known_classes(model, classes):
     """Give `model` a head for `classes`, whose rows for the classes it knows already, and for "no object", are the old ones:
@@ -713,8 +714,8 @@ def settle(args):
             setattr(args, name, value)
     if args.classes:
         args.classes = args.classes.split(",")
-    elif resume or args.eval:
-        args.classes = start.get("classes")
+    elif resume:
+        args.classes = resume["classes"]
     if args.epochs < 1 or args.accumulate < 1 or args.batch_size < args.world * args.accumulate:
         raise ValueError("--epochs and --accumulate start at 1, and --batch-size at --accumulate times the number of processes")
     return resume, recipe
@@ -751,24 +752,30 @@ def run(args):
     train, val = args.train or [year + "train"], args.val or [year + "val"]
     if fetch:
         if args.rank == 0:
-            fetch_voc(args.data, train + val)
+            fetch_voc(args.data, val if args.eval else train + val)
         if dist.is_initialized():
             dist.barrier()
     images = images_under(args.data)
-    if not (args.eval and args.classes):
+    if args.eval:       # with the head as it is: what it says of other classes is no error
+        model = load_detr((args.resume or args.output / "checkpoint.pth") if resume else args.model, device=args.device)
+        if args.classes and model.classes[0] == "class 0":
+            model.classes = args.classes
+        args.classes, model.aux_loss = model.classes, True
+    else:
         train_data = VOC(find_sets(args.data, train, args.seed), images, args.classes, recipe, args.seed)
         args.classes = train_data.classes
         log(f"train: {train_data.summary}")
     val_data = VOC(find_sets(args.data, val, args.seed), images, args.classes, recipe)
-    log(f"val: {val_data.summary}\nclasses: {', '.join(args.classes)}")
+    log(f"val: {val_data.summary}\nclasses: {', '.join(name for name in args.classes if name != 'N/A')}")
 
     val_loader = make_loader(val_data, args)
-    model = start_model(args, resume, args.classes)
+    if not args.eval:
+        model = start_model(args, resume, args.classes)
     criterion = SetCriterion(len(args.classes), HungarianMatcher(), args.eos_coef[0]).to(args.device)
     if args.eval:
         losses, ap, _ = evaluate(model, criterion, val_loader, args)
         log(f"loss {losses['loss']:.3f} ", *(f"{name} {value:.3f} " for name, value in list(ap.items())[:12]))
-        log("AP50: ", *(f"{name} {value:.3f} " for name, value in zip(args.classes, ap["AP50_per_class"])))
+        log("AP50: ", *(f"{name} {value:.3f} " for name, value in zip(args.classes, ap["AP50_per_class"]) if value >= 0))
         return
 
     train_loader = make_loader(train_data, args)
