@@ -975,6 +975,19 @@ def test_the_class_head_keeps_what_it_knows():
     assert train_voc.keep_known_classes(model, voc) == []
 
 
+def test_evaluation_speaks_cocos_names(folder, tmp_path, capsys):
+    """COCO's weights as they are, on VOC's classes: its own head, its own names."""
+    for path in (folder / "Annotations").iterdir():
+        path.write_text(path.read_text().replace("red", "sofa").replace("green", "cat"))
+    torch.save({"model": small(91).state_dict(), "config": {"nheads": 4, "size": 48, "max_size": 72}}, tmp_path / "coco.pth")
+    assert train(folder, tmp_path / "out", "--model", str(tmp_path / "coco.pth"), "--batch-size", "2", "--eval") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "couch" in last and "cat" in last and "sofa" not in last and "dog" not in last
+    (folder / "Annotations/09.xml").write_text(xml([("unicorn", (1, 1, 9, 9), False)]))
+    assert train(folder, tmp_path / "out", "--model", str(tmp_path / "coco.pth"), "--batch-size", "2", "--eval") == 2
+    assert "09.xml: class 'unicorn'" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_names_the_batch(folder, tmp_path, quick, capsys):
     assert train(folder, tmp_path / "out", "--model", "tiny", "--epochs", "1") == 0
     before = (tmp_path / "out/checkpoint.pth").read_bytes()
