@@ -151,6 +151,13 @@ def benchmark(model, device):
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
 
 
+def choose_device(name):
+    """A device's name: the best there is for "auto", else the one given."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def find_images(sources):
     """Files, URLs and the images in folders, [source]."""
     images = []
@@ -186,9 +193,7 @@ def arguments(argv):
 
 
 def run(args):
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = choose_device(args.device)
     if args.benchmark:      # the time does not depend on the weights: those of the zoo are not fetched
         name = args.weights or "detr_resnet50"
         model = DETR(backbone=name.split("_")[1], dilation="dc5" in name) if name in ZOO else load_detr(name)

@@ -40,9 +40,7 @@ except ImportError:     # Windows
 
 from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
                        fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
-from infer import draw
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from infer import SUFFIXES, choose_device, draw
 
 # COCO's names of VOC's classes, where they differ.
 COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
@@ -198,7 +196,7 @@ def images_under(folder):
     """The image files in a folder and all its folders, by (folder, stem) and by stem alone."""
     images = {}
     for image in sorted(folder.rglob("*")):
-        if image.suffix.lower() in IMAGE_SUFFIXES:
+        if image.suffix.lower() in SUFFIXES:
             images[image.parent, image.stem] = image
             images.setdefault(image.stem, image)
     return images
@@ -687,8 +685,7 @@ def settle(args):
     """Fill in what the command line left open: device, processes, recipe. Returns the checkpoint to resume, or {}, and the
     recipe; the settings of a run that is resumed hold unless they are given anew."""
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = choose_device(args.device)
     if args.device == "cuda" and args.world > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
@@ -721,7 +718,7 @@ def settle(args):
     return resume, recipe
 
 def start_model(args, resume, classes):
-    """The detector to train or evaluate, with a head for `classes`, on its device."""
+    """The detector to train, with a head for `classes`, on its device."""
     if resume:
         config = resume["config"]
         norm = nn.BatchNorm2d if config["trained_norm"] else FrozenBatchNorm2d
@@ -796,10 +793,11 @@ def run(args):
         average = averaged.module
     first, best, history = 0, -1.0, []
     if resume:
+        rates = [group["base_lr"] for group in optimizer.param_groups]      # of a new --lr, if one is given
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
-        for group, fresh in zip(optimizer.param_groups, make_optimizer(model, args).param_groups):
-            group["base_lr"] = fresh["base_lr"]         # of a new --lr, if one is given
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["base_lr"] = rate
         model.load_state_dict(resume.get("training", resume["model"]))
         first, best, history = resume["epoch"] + 1, resume["best"], resume["history"]
 
