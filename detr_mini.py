@@ -315,6 +315,8 @@ class DETR(nn.Module):
             if backbone not in RESNETS:
                 raise ValueError(f"no backbone {backbone!r}: choose one of {', '.join(RESNETS)}, or pass a ResNet")
             backbone = ResNet(*RESNETS[backbone], dilation=dilation)
+        if min(num_classes, nheads, num_queries) < 1:
+            raise ValueError(f"num_classes {num_classes}, nheads {nheads} and num_queries {num_queries}: each must be 1 or more")
         if hidden_dim % 4 or hidden_dim % nheads:
             raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of nheads ({nheads}) and of 4 (sine and cosine, row and column)")
         self.backbone = nn.ModuleList([nn.ModuleDict({"body": backbone}), PositionEmbeddingSine(hidden_dim // 2)])
@@ -525,9 +527,8 @@ def to_tensor(picture):
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3).permute(2, 0, 1)
 
 def read_checkpoint(path):
-    """A checkpoint file as a dict with the weights in `model`. Code in the file is never run.
-
-    Raises FileNotFoundError, or ValueError for a file that is no checkpoint, saying which file and what to do."""
+    """A checkpoint file as a dict with the weights in `model` and what they do not tell in `config`, a dict of numbers. Code in
+    the file is never run. Raises FileNotFoundError, or ValueError for a file that is no checkpoint, saying which and what to do."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: give a file, or one of {', '.join(['demo', *ZOO])}")
@@ -537,7 +538,10 @@ def read_checkpoint(path):
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): it may be cut off, of another kind, "
                          "or hold code, which is never run; download or save it again") from error
-    return checkpoint if isinstance(checkpoint, dict) and "model" in checkpoint else {"model": checkpoint}
+    checkpoint = checkpoint if isinstance(checkpoint, dict) and "model" in checkpoint else {"model": checkpoint}
+    config = checkpoint.get("config", checkpoint.get("args"))           # ours, or a published training checkpoint's
+    config = vars(config) if isinstance(config, argparse.Namespace) else config if isinstance(config, dict) else {}
+    return checkpoint | {"config": {name: value for name, value in config.items() if isinstance(value, (int, float))}}
 
 def build_detr(weights, nheads=8, dilation=False, norm=FrozenBatchNorm2d, **options):
     """The DETR that has these weights, loaded: widths, depths, queries and classes are read off their names and shapes.
@@ -558,7 +562,7 @@ def build_detr(weights, nheads=8, dilation=False, norm=FrozenBatchNorm2d, **opti
                      dim_feedforward=len(weights["transformer.decoder.layers.0.linear1.bias"]),
                      num_queries=len(weights["query_embed.weight"]), **options)
         model.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"these are not the weights of a DETR ({' '.join(str(error).split())[:400]})") from error
     return model
 
@@ -584,15 +588,16 @@ def load_detr(source, num_classes=None, device="cpu"):
                 raise OSError(f"could not fetch {ZOO_URL + path.name} ({error}): put that file at {path} by hand; "
                               "`python infer.py` alone runs the bundled model") from error
     checkpoint = read_checkpoint(path)
-    config = checkpoint.get("config", checkpoint.get("args", {}))       # ours, or a published training checkpoint's
-    config = vars(config) if isinstance(config, argparse.Namespace) else config if isinstance(config, dict) else {}
+    config = checkpoint["config"]
     try:
-        model = build_detr(checkpoint["model"], config.get("nheads", 8), config.get("dilation", "-dc5" in path.name))
-    except ValueError as error:
+        model = build_detr(checkpoint["model"], int(config.get("nheads", 8)), config.get("dilation", "-dc5" in path.name))
+        names = checkpoint.get("classes") or COCO_CLASSES
+        model.size, model.max_size = int(config.get("size", 800)), int(config.get("max_size", 1333))
+        if min(model.size, model.max_size) < 1:
+            raise ValueError(f"its config asks for pictures of {model.size} to {model.max_size} pixels")
+        model.classes = list(map(str, names)) if len(names) == len(model.classes) else model.classes
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    model.size, model.max_size = config.get("size", 800), config.get("max_size", 1333)
-    names = checkpoint.get("classes") or COCO_CLASSES
-    model.classes = list(names) if len(names) == len(model.classes) else model.classes
     if num_classes is not None and num_classes != len(model.classes):
         model.class_embed = nn.Linear(model.class_embed.in_features, num_classes + 1)
         model.classes = [f"class {label}" for label in range(num_classes)]

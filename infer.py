@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 import urllib.request
+import warnings
 from pathlib import Path
 
 import torch
@@ -240,6 +241,7 @@ def run(args):
 
 
 def main(argv=None):
+    warnings.filterwarnings("ignore", module="PIL|torch")     # of what they could read all the same
     try:
         return run(arguments(argv))
     except (OSError, ValueError, RuntimeError) as error:

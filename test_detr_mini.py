@@ -712,15 +712,15 @@ def train(folder, output, *more):
 
 
 def test_annotations_as_they_are_meant(folder):
-    data = train_voc.VOC(train_voc.find_sets(folder, ["train", "val"], 0), train_voc.images_under(folder))
+    data = train_voc.VOC(train_voc.find_sets(folder, ["train", "val"], 0), folder)
     assert data.classes == ["green", "red"] and len(data) == 12
-    assert data.records[1][4].tolist() == [False, True]
-    path, size, boxes, labels, difficult = data.records[0]
-    assert path.name == "00.png" and size == (64, 96) and len(labels) == 1
+    assert data.record(1)[4].tolist() == [False, True]
+    path, size, boxes, labels, difficult = data.record(0)
+    assert Path(path).name == "00.png" and size == [64, 96] and len(labels) == 1
     pixels = np.asarray(Image.open(path))
     x0, y0, x1, y1 = boxes[0].int().tolist()        # VOC counts from 1 and includes the last pixel: these are edges
     assert (pixels[y0:y1, x0:x1].max(-1) == 255).all() and pixels[y0 - 1, x0].max() < 255 and pixels[y0, x0 - 1].max() < 255
-    assert len(data.records[11][2]) == 0
+    assert len(data.record(11)[2]) == 0
 
 
 @pytest.fixture
@@ -793,8 +793,8 @@ def test_any_folder_of_images_and_annotations(tmp_path):
     train_set, val_set = (train_voc.find_sets(tmp_path, [name], 0) for name in ("train", "val"))
     assert len(train_set) == 8 and len(val_set) == 2 and not set(train_set) & set(val_set)
     assert train_set == train_voc.find_sets(tmp_path, ["train"], 0) != train_voc.find_sets(tmp_path, ["train"], 1)
-    data = train_voc.VOC(train_set, train_voc.images_under(tmp_path), ["a", "b"])
-    assert data.records[0][2].tolist() == [[0, 2.5, 96, 40.25]]
+    data = train_voc.VOC(train_set, tmp_path, ["a", "b"])
+    assert data.record(0)[2].tolist() == [[0, 2.5, 96, 40.25]]
     assert "8 boxes clipped" in data.summary and "8 without area dropped" in data.summary
 
 
@@ -850,8 +850,8 @@ def test_augmentation_moves_boxes_with_their_pixels(recipe):
 
 def test_the_same_picture_for_any_number_of_workers(folder):
     paths = train_voc.find_sets(folder, ["train"], 0)
-    one, two = (train_voc.VOC(paths, train_voc.images_under(folder), seed=0)[(3, 1)] for _ in range(2))
-    other = train_voc.VOC(paths, train_voc.images_under(folder), seed=0)[(4, 1)]
+    one, two = (train_voc.VOC(paths, folder, seed=0)[(3, 1)] for _ in range(2))
+    other = train_voc.VOC(paths, folder, seed=0)[(4, 1)]
     assert torch.equal(one[0], two[0]) and torch.equal(one[1]["boxes"], two[1]["boxes"])
     assert one[0].shape != other[0].shape or not torch.equal(one[0], other[0])
     assert len(one[1]["labels"]) <= 1        # its difficult object is not trained on
@@ -998,7 +998,7 @@ def test_a_loss_that_is_not_finite_names_the_batch(folder, tmp_path, quick, caps
 
 
 def test_one_batch_is_learnt_by_heart(folder):
-    data = train_voc.VOC(train_voc.find_sets(folder, ["train"], 0), train_voc.images_under(folder), recipe={**train_voc.TINY, "size": 48, "max_size": 72})
+    data = train_voc.VOC(train_voc.find_sets(folder, ["train"], 0), folder, recipe={**train_voc.TINY, "size": 48, "max_size": 72})
     images, mask, targets = train_voc.to_device(*train_voc.collate([data[(0, i)] for i in range(4)]), "cpu")
     model, criterion = small(2, norm=nn.BatchNorm2d, aux_loss=True), SetCriterion(2, HungarianMatcher())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

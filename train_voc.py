@@ -18,7 +18,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import xml.etree.ElementTree as ElementTree
+from array import array
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,13 @@ FINE_TUNE = dict(size=800, max_size=1333, zoom=None, eos_coef=(0.1, 0.1), ema=0,
                  warmup=0, evaluate_every=1)
 TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), eos_coef=(0.1, 0.4), ema=0.999, lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=460,
             warmup=200, evaluate_every=10)
+
+# What a checkpoint needs for its run to be resumed, and the settings that hold on, with their types.
+RESUMED = {"optimizer": dict, "scaler": dict, "epoch": int, "best": float, "history": list, "classes": list, "settings": dict}
+SETTINGS = {"model": str, "epochs": int, "batch_size": int, "lr": float, "seed": int}
+
+# What to do about an error, by a part of its message.
+HINTS = {"DataLoader worker": "if memory is short, lower --workers", "out of memory": "raise --accumulate"}
 
 
 class Progress:
@@ -158,7 +168,7 @@ def read_annotation(path):
         for node in ElementTree.fromstring(data).iter("object"):
             box = node.find("bndbox")
             x0, y0, x1, y1 = (float(box.find(tag).text) for tag in ("xmin", "ymin", "xmax", "ymax"))
-            if not np.isfinite((x0, y0, x1, y1)).all():
+            if not all(map(math.isfinite, (x0, y0, x1, y1))):
                 raise ValueError("a coordinate is not a finite number")
             objects.append((node.find("name").text.strip(), (x0 - 1, y0 - 1, x1, y1), (node.findtext("difficult") or "0").strip() == "1"))
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError, LookupError) as error:
@@ -192,65 +202,87 @@ def find_sets(data, names, seed):
         raise ValueError(f"the set {' '.join(names)} of {data} is empty: no annotation files (*.xml)")
     return paths
 
+@lru_cache
 def images_under(folder):
-    """The image files in a folder and all its folders, by (folder, stem) and by stem alone."""
+    """The image files in a folder and all its folders, {stem: [path]}."""
     images = {}
-    for image in sorted(folder.rglob("*")):
-        if image.suffix.lower() in SUFFIXES:
-            images[image.parent, image.stem] = image
-            images.setdefault(image.stem, image)
+    for root, _, files in sorted(os.walk(folder)):
+        for file in sorted(files):
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() in SUFFIXES:
+                images.setdefault(stem, []).append(os.path.join(root, file))
     return images
+
+def image_of(path, folder):
+    """The image of an annotation file: in JPEGImages beside the annotations' folder, else in theirs, else anywhere in `folder`."""
+    usual = path.parent.parent / "JPEGImages" / f"{path.stem}.jpg"
+    if usual.is_file():
+        return str(usual)
+    images = images_under(folder).get(path.stem)
+    if not images:
+        raise ValueError(f"no image for {path}: expected {path.stem}.jpg (or .png ...) in the data folder")
+    return min(images, key=lambda image: (os.path.dirname(image) != str(usual.parent), os.path.dirname(image) != str(path.parent)))
 
 class VOC(Dataset):
     """The images and objects of some annotation files, all read and checked before the first step.
 
-    `records`: one (image path, (h, w), boxes (M, 4) float32 x0 y0 x1 y1 pixels, labels (M,), difficult (M,) bool) an image.
+    They lie in a few arrays, so that a large set stays small: `images` (n paths), `sizes` (n, 2) h, w, and of all objects
+    `boxes` (M, 4) float32 x0 y0 x1 y1 pixels, `labels` (M,), `difficult` (M,) bool; image i has those from ends[i] to ends[i + 1].
     """
 
-    def __init__(self, paths, images, classes=None, recipe=FINE_TUNE, seed=None):
-        """images: of `images_under`. With a `seed`, to train on: augmented, difficult objects left out."""
-        self.recipe, self.seed = recipe, seed
-        read, progress = [], Progress("read annotations", len(paths))
+    def __init__(self, paths, folder, classes=None, recipe=FINE_TUNE, seed=None):
+        """paths: of `find_sets`; folder: where their images are. With a `seed`, to train on: augmented, difficult left out."""
+        self.recipe, self.seed, self.images = recipe, seed, []
+        sizes, counts, boxes, names, difficult, seen = array("i"), [], array("f"), array("i"), array("b"), {}
+        progress = Progress("read annotations", len(paths))
         for path in paths:
-            progress.show(len(read) + 1)
+            progress.show(len(self.images) + 1)
             if not path.is_file():
                 raise ValueError(f"no annotation {path}, though its set lists it: add it, or take the line out of ImageSets")
-            places = (path.parent.parent / "JPEGImages", path.stem), (path.parent, path.stem), path.stem
-            image = next((images[place] for place in places if place in images), None)
-            if image is None:
-                raise ValueError(f"no image for {path}: expected {path.stem}.jpg (or .png ...) in the data folder")
-            read.append((image, read_annotation(path), path))
-        self.classes = classes or sorted({name for _, objects, _ in read for name, _, _ in objects})
-        label_of, self.records, changed, dropped = {name: i for i, name in enumerate(self.classes)}, [], 0, 0
-        label_of = {name: label_of[coco] for name, coco in COCO_NAMES.items() if coco in label_of} | label_of
-        for image, objects, path in read:
+            self.images.append(image_of(path, folder))
             try:
-                with Image.open(image) as picture:
-                    width, height = picture.size
+                with Image.open(self.images[-1]) as picture:
+                    sizes.extend((picture.height, picture.width))
             except OSError as error:
-                raise ValueError(f"{image}: not a readable image ({error}): replace it, or take it out of the set") from error
-            unknown = [name for name, _, _ in objects if name not in label_of]
-            if unknown:
-                raise ValueError(f"{path}: class {unknown[0]!r} is none of {', '.join(self.classes)}: correct it, or pass --classes")
-            boxes = torch.tensor([box for _, box, _ in objects], dtype=torch.float32).reshape(-1, 4)
-            clipped = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-            keep = (clipped[:, 2:] > clipped[:, :2]).all(1)
-            changed, dropped = changed + int((clipped != boxes).any(1)[keep].sum()), dropped + int((~keep).sum())
-            labels = torch.tensor([label_of[name] for name, _, _ in objects], dtype=torch.int64)
-            difficult = torch.tensor([hard for _, _, hard in objects], dtype=torch.bool)
-            self.records.append((image, (height, width), clipped[keep], labels[keep], difficult[keep]))
-        self.summary = f"{len(self.records)} images, {sum(len(record[2]) for record in self.records)} objects"
+                raise ValueError(f"{self.images[-1]}: not a readable image ({error}): replace it, or take it out of the set") from error
+            objects = read_annotation(path)
+            counts.append(len(objects))
+            for name, box, hard in objects:
+                names.append(seen.setdefault(name, (len(seen), path))[0])
+                boxes.extend(box)
+                difficult.append(hard)
+
+        self.classes = classes or sorted(seen)
+        label_of = {name: i for i, name in enumerate(self.classes)}
+        label_of = {name: label_of[coco] for name, coco in COCO_NAMES.items() if coco in label_of} | label_of
+        for name, (_, path) in seen.items():
+            if name not in label_of:
+                raise ValueError(f"{path}: class {name!r} is none of {', '.join(self.classes)}: correct it, or pass --classes")
+        self.sizes = torch.tensor(sizes).view(-1, 2)
+        boxes, owner = torch.tensor(boxes).view(-1, 4), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        clipped = boxes.clamp(min=0).minimum(self.sizes[owner].flip(1).repeat(1, 2))
+        keep = (clipped[:, 2:] > clipped[:, :2]).all(1)
+        self.boxes, self.labels = clipped[keep], torch.tensor([label_of[name] for name in seen])[torch.tensor(names)[keep].long()]
+        self.difficult = torch.tensor(difficult)[keep].bool()
+        self.ends = [0, *torch.bincount(owner[keep], minlength=len(counts)).cumsum(0).tolist()]
+        self.summary = f"{len(self.images)} images, {len(self.boxes)} objects"
+        changed, dropped = int((clipped != boxes).any(1)[keep].sum()), int((~keep).sum())
         if changed or dropped:
             self.summary += f" ({changed} boxes clipped to their image, {dropped} without area dropped)"
 
+    def record(self, i):
+        """Path, (h, w), boxes (M, 4), labels (M,), difficult (M,) of image i."""
+        part = slice(self.ends[i], self.ends[i + 1])
+        return self.images[i], self.sizes[i].tolist(), self.boxes[part], self.labels[part], self.difficult[part]
+
     def __len__(self):
-        return len(self.records)
+        return len(self.images)
 
     def __getitem__(self, key):
         """key (epoch, index) to image (3, h, w) uint8 and target. The augmentation depends on seed, epoch and index alone,
         so that a resumed run, and any number of workers, see the very same pictures."""
         epoch, index = key
-        path, (h, w), boxes, labels, difficult = self.records[index]
+        path, (h, w), boxes, labels, difficult = self.record(index)
         try:
             with Image.open(path) as picture:
                 image = to_tensor(picture)
@@ -493,7 +525,7 @@ def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
             try:
                 losses = criterion(outputs, targets[start:end])
             except ValueError as error:
-                names = (str(loader.dataset.records[target["index"]][0]) for target in batch[2])
+                names = (loader.dataset.images[target["index"]] for target in batch[2])
                 raise ValueError(f"{error}; the batch is {', '.join(names)}") from error
             total = criterion.total(losses)
             scaler.scale(total / len(parts)).backward()
@@ -522,12 +554,12 @@ def evaluate(model, criterion, loader, args):
         total = criterion.total(losses)
         averages.add(losses, total)
         indices = [target["index"] for target in batch[2]]
-        found = post_process(outputs, torch.tensor([data.records[i][1] for i in indices]))
+        found = post_process(outputs, data.sizes[indices])
         predictions |= {i: {name: value.cpu() for name, value in one.items()} for i, one in zip(indices, found)}
         progress.show(step + 1, total)
     predictions = [one for _, one in sorted((i, one) for share in gather(predictions) for i, one in share.items())]
     targets = [{"labels": labels, "boxes": boxes, "ignore": difficult & (not args.count_difficult)}
-               for _, _, boxes, labels, difficult in data.records]
+               for _, _, boxes, labels, difficult in map(data.record, range(len(data)))]
     return averages.read(), coco_ap(predictions, targets, len(data.classes)), predictions
 
 def save(path, content):
@@ -574,7 +606,7 @@ def draw_detections(data, predictions, threshold=0.7):
     for k, i in enumerate(chosen):
         keep = predictions[i]["scores"] > threshold
         found = {name: value[keep] for name, value in predictions[i].items()}
-        with Image.open(data.records[i][0]) as picture:
+        with Image.open(data.images[i]) as picture:
             drawn = draw(picture.convert("RGB"), found | {"names": [data.classes[label] for label in found["labels"]]})
         drawn = ImageOps.pad(drawn, tile, Image.Resampling.LANCZOS, color="white")
         sheet.paste(drawn, (k % columns * tile[0], k // columns * tile[1]))
@@ -598,8 +630,7 @@ def benchmark(args, recipe):
                             f"<ymax>{y1}</ymax></bndbox></object>")
             Path(folder, f"{i}.xml").write_text(f"<annotation>{objects}</annotation>")
         paths, classes = sorted(Path(folder).glob("*.xml")), [str(label) for label in range(20)]
-        images = images_under(Path(folder))
-        loaders = [make_loader(VOC(paths, images, classes, recipe, seed), args) for seed in (args.seed, None)]
+        loaders = [make_loader(VOC(paths, folder, classes, recipe, seed), args) for seed in (args.seed, None)]
 
         dilation = "dc5" in args.model
         model = tiny(20) if args.model == "tiny" else DETR(20, "resnet101" if "101" in args.model else "resnet50", dilation)
@@ -650,11 +681,27 @@ def make_optimizer(model, args):
     for backbone, rate in ((False, args.lr), (True, args.lr * args.lr_backbone)):
         trained = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("backbone") == backbone]
         groups.append({"params": trained, "lr": rate, "base_lr": rate})
-    return torch.optim.AdamW(groups, weight_decay=1e-4)
+    return torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
 
 def make_scaler(args):
     """Keeps the gradients of half precision from vanishing; does nothing where there is no half precision."""
     return torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+
+def restore(resume, model, optimizer, scaler):
+    """Model, optimizer and scaler as they were when a checkpoint was saved; the rates are this run's. Raises ValueError where
+    the checkpoint is not of this model, or damaged."""
+    try:
+        model.load_state_dict(resume.get("training", resume["model"]))
+        optimizer.load_state_dict({"state": resume["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+        scaler.load_state_dict(resume["scaler"])
+        moments = ((p, optimizer.state[p][name]) for group in optimizer.param_groups for p in group["params"]
+                   for name in ("exp_avg", "exp_avg_sq"))
+        if any(p.shape != moment.shape for p, moment in moments) or any(s["step"].ndim for s in optimizer.state.values()):
+            raise ValueError("the optimizer's averages are not of the model's shapes")
+        json.dumps(resume["history"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint cannot be resumed ({type(error).__name__}: {error}): pass it as --model to start a new "
+                         "run from its weights") from error
 
 def arguments(argv):
     parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -699,13 +746,15 @@ def settle(args):
         args.workers = min(12, os.cpu_count()) if args.device.type == "cuda" else 1
 
     resume = read_checkpoint(args.resume or args.output / "checkpoint.pth") if args.resume is not None else {}
-    if resume and "optimizer" not in resume:
-        raise ValueError(f"{args.resume}: holds a model but no training to go on with: pass it as --model instead")
-    settings = resume.get("settings", {})
+    lacks = [name for name, kind in RESUMED.items() if not isinstance(resume.get(name), kind)]
+    if resume and lacks:
+        raise ValueError(f"{args.resume or args.output / 'checkpoint.pth'}: may hold a model, but no training to go on with (of "
+                         f"{', '.join(RESUMED)}, {', '.join(lacks)} is missing): pass it as --model instead")
+    settings = {name: value for name, value in resume.get("settings", {}).items() if isinstance(value, SETTINGS.get(name, ()))}
     args.model = args.model or settings.get("model", "detr_resnet50")
-    start = resume or (read_checkpoint(args.model) if Path(args.model).is_file() else {})
+    start = resume or (read_checkpoint(args.model) if Path(args.model).is_file() else {"config": {}})
     recipe = {**(TINY if args.model == "tiny" else FINE_TUNE)}
-    recipe |= {name: value for name, value in start.get("config", {}).items() if name in ("size", "max_size")}
+    recipe |= {name: int(value) for name, value in start["config"].items() if name in ("size", "max_size")}
     for name, value in {**recipe, "seed": 0, **settings}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -720,9 +769,9 @@ def settle(args):
 def start_model(args, resume, classes):
     """The detector to train, with a head for `classes`, on its device."""
     if resume:
-        config = resume["config"]
+        config = {"nheads": 8, "dilation": False, "trained_norm": False, "dropout": 0.1} | resume["config"]
         norm = nn.BatchNorm2d if config["trained_norm"] else FrozenBatchNorm2d
-        model = build_detr(resume["model"], config["nheads"], config["dilation"], norm, dropout=config["dropout"])
+        model = build_detr(resume["model"], int(config["nheads"]), config["dilation"], norm, dropout=config["dropout"])
     elif args.model == "tiny":
         model = tiny(len(classes))
     else:
@@ -752,17 +801,16 @@ def run(args):
             fetch_voc(args.data, val if args.eval else train + val)
         if dist.is_initialized():
             dist.barrier()
-    images = images_under(args.data)
     if args.eval:       # with the head as it is: what it says of other classes is no error
         model = load_detr((args.resume or args.output / "checkpoint.pth") if resume else args.model, device=args.device)
         if args.classes and model.classes[0] == "class 0":
             model.classes = args.classes
         args.classes, model.aux_loss = model.classes, True
     else:
-        train_data = VOC(find_sets(args.data, train, args.seed), images, args.classes, recipe, args.seed)
+        train_data = VOC(find_sets(args.data, train, args.seed), args.data, args.classes, recipe, args.seed)
         args.classes = train_data.classes
         log(f"train: {train_data.summary}")
-    val_data = VOC(find_sets(args.data, val, args.seed), images, args.classes, recipe)
+    val_data = VOC(find_sets(args.data, val, args.seed), args.data, args.classes, recipe)
     log(f"val: {val_data.summary}\nclasses: {', '.join(name for name in args.classes if name != 'N/A')}")
 
     val_loader = make_loader(val_data, args)
@@ -781,7 +829,7 @@ def run(args):
     about = {"classes": args.classes, "config": {
         "nheads": attention.heads, "dropout": attention.dropout, "dilation": body.dilation, "size": args.size,
         "max_size": args.max_size, "trained_norm": isinstance(body.bn1, nn.BatchNorm2d)}}
-    settings = {name: getattr(args, name) for name in ("model", "epochs", "batch_size", "lr", "seed")}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     n_parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     log(f"{n_parameters / 1e6:.1f} M parameters to train, {args.batch_size} images a step, learning rate {args.lr:g}, "
         f"backbone {args.lr * args.lr_backbone:g}, a tenth of that from epoch {int(0.75 * args.epochs) + 1}")
@@ -793,12 +841,7 @@ def run(args):
         average = averaged.module
     first, best, history = 0, -1.0, []
     if resume:
-        rates = [group["base_lr"] for group in optimizer.param_groups]      # of a new --lr, if one is given
-        optimizer.load_state_dict(resume["optimizer"])
-        scaler.load_state_dict(resume["scaler"])
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["base_lr"] = rate
-        model.load_state_dict(resume.get("training", resume["model"]))
+        restore(resume, model, optimizer, scaler)
         first, best, history = resume["epoch"] + 1, resume["best"], resume["history"]
 
     parallel = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
@@ -836,11 +879,14 @@ def run(args):
         log(f"{line}  ETA {clock((time.time() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1))}", flush=True)
 
 def main(argv=None):
+    warnings.filterwarnings("ignore", module="PIL|torch")     # of what they could read all the same
     try:
         run(arguments(argv))
         return 0
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"train_voc.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error).rpartition("\nValueError: ")[2]       # a loading process sends its whole traceback
+        hint = next((f": {hint}; --resume goes on from the last finished epoch" for sign, hint in HINTS.items() if sign in message), "")
+        print(f"train_voc.py: error: {' '.join(message.split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train_voc.py: stopped; --resume goes on from the last finished epoch", file=sys.stderr)
