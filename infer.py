@@ -153,10 +153,11 @@ def benchmark(model, device):
 
 
 def choose_device(name):
-    """A device's name: the best there is for "auto", else the one given."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """A device's name: the best there is for "auto", else the one given, if it is there."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("auto", "cpu", best):
+        raise ValueError(f"--device {name}: there is none here; take {best}, or leave it to auto")
+    return best if name == "auto" else name
 
 
 def find_images(sources):
@@ -199,6 +200,8 @@ def run(args):
         name = args.weights or "detr_resnet50"
         model = DETR(backbone=name.split("_")[1], dilation="dc5" in name) if name in ZOO else load_detr(name)
         return benchmark(model.to(device).eval(), torch.device(device))
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: name a folder")
     sources = find_images(args.images or sorted((Path(__file__).parent / "assets").glob("*.jpg")))
     model = load_detr(args.weights or ("detr_resnet50" if args.images else "demo"), device=device)
     cross_attention = model.transformer.decoder.layers[-1].multihead_attn

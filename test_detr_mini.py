@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -227,6 +228,21 @@ def test_detector_equals_transformers(pair, sizes):
     close(losses["class_error"], 100 - 100 * torch.cat(right).float().mean())
 
 
+def test_beside_others_an_image_is_what_it_is_alone(pair):
+    """In a batch of its own size, to 1e-5. Padded beside a larger one, zeros end where the image does, and grow a border of
+    biases by the second layer: the reference's gap, no more and no less."""
+    model, peer = pair
+    image, larger = torch.randn(3, 120, 150), torch.randn(3, 170, 200)
+    batch, mask = pad_images([image, larger])
+    with torch.no_grad():
+        alone = model(image[None])
+        close(model(torch.stack((image, image.flip(1), image.flip(2))))["pred_boxes"][:1], alone["pred_boxes"], atol=1e-5)
+        gaps = [(model(batch, mask)["pred_boxes"][0] - alone["pred_boxes"][0]).abs().max(),
+                (peer(batch, pixel_mask=(~mask).long()).pred_boxes[0] - peer(image[None]).pred_boxes[0]).abs().max()]
+    assert gaps[0] > 1e-3, "where nothing differs, nothing is tested"
+    close(*gaps)
+
+
 def test_without_aux_loss_the_answer_is_the_last_layers():
     model = randomize(small())
     x = torch.randn(2, 3, 64, 80)
@@ -367,6 +383,72 @@ def test_loss_gradients_equal_transformers():
         gradients.append((logits.grad, boxes.grad))
     close(gradients[0][0], gradients[1][0], atol=1e-6)
     close(gradients[0][1], gradients[1][1], atol=1e-6)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Double precision throughout: where the code asks for float32, too."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+def test_gradients_of_attention_equal_finite_differences(double):
+    attend = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    attend[1, ..., 4:] = False
+    attention = MultiheadAttention(8, 2)
+    for mask in (None, attend):
+        for attention.keep_weights in (False, True):
+            assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask), (leaf(2, 3, 8), leaf(2, 7, 8), leaf(2, 7, 8)))
+    encoder, decoder = detr_mini.TransformerEncoderLayer(8, 2, 12, 0.0), detr_mini.TransformerDecoderLayer(8, 2, 12, 0.0)
+    assert torch.autograd.gradcheck(lambda x, pos: encoder(x, pos, attend), (leaf(2, 7, 8), leaf(1, 7, 8)))
+    assert torch.autograd.gradcheck(lambda *x: decoder(*x, attend), (leaf(2, 3, 8), leaf(2, 3, 8), leaf(2, 7, 8), leaf(2, 7, 8)))
+
+
+def test_gradients_of_the_loss_equal_finite_differences(double):
+    def boxes(n):
+        return torch.cat((torch.rand(n, 2) * 0.5 + 0.2, torch.rand(n, 2) * 0.3 + 0.05), 1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: generalized_box_iou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b)), (boxes(6), boxes(5)))
+    criterion = SetCriterion(3, HungarianMatcher()).double()
+    targets = [{"labels": t["labels"], "boxes": t["boxes"].double()} for t in random_targets(2, [3, 0], 3)]
+
+    def total(logits, early, late):     # steps of 1e-6 change no matching
+        layers = [{"pred_logits": c, "pred_boxes": b.view(2, 4, 4)} for c, b in zip(logits, (early, late))]
+        return criterion.total(criterion({**layers[1], "aux_outputs": layers[:1]}, targets))
+    assert torch.autograd.gradcheck(total, (leaf(2, 2, 4, 4), boxes(8), boxes(8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_at_its_extremes(dtype):
+    logits = (torch.randint(0, 2, (2, 2, 12, 7)) * 2e4 - 1e4).to(dtype).requires_grad_()
+    boxes = torch.randint(0, 2, (2, 2, 12, 4)).to(dtype).requires_grad_()           # sigmoids at their ends: no area, or everything
+    layers = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes)]
+    criterion = SetCriterion(6, HungarianMatcher())
+    losses = criterion({**layers[1], "aux_outputs": layers[:1]}, random_targets(2, [5, 30], 6))
+    exact = criterion({**{k: v.float() for k, v in layers[1].items()}, "aux_outputs": [{k: v.float() for k, v in layers[0].items()}]},
+                      random_targets(2, [5, 30], 6))
+    assert all(torch.equal(value, exact[name]) for name, value in losses.items())
+    criterion.total(losses).backward()
+    assert all(value.isfinite() for value in losses.values()) and logits.grad.isfinite().all() and boxes.grad.isfinite().all()
+    assert all(found["scores"].isfinite().all() for found in post_process(layers[0], torch.tensor([[480, 640]] * 2)))
+
+
+def test_equal_costs_still_match_one_to_one():
+    outputs = {"pred_logits": torch.zeros(1, 9, 4), "pred_boxes": torch.full((1, 9, 4), 0.5)}
+    [(queries, objects)] = HungarianMatcher()(outputs, [{"labels": torch.zeros(5, dtype=torch.int64), "boxes": torch.full((5, 4), 0.5)}])
+    assert len(set(queries.tolist())) == 5 and sorted(objects.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_three_times_as_many_objects_as_queries_and_pictures_of_every_size():
+    model, targets = small(aux_loss=True), random_targets(3, [300, 0, 1], 3)
+    losses = SetCriterion(3, HungarianMatcher())(model([torch.randn(3, *size) for size in ((33, 400), (300, 17), (16, 16))]), targets)
+    assert all(value.isfinite() for value in losses.values())
 
 
 TWO_PROCESSES = """
@@ -548,7 +630,12 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
     torch.save({**weights, "query_embed.weight": torch.zeros(9, 33)}, bad)
     with pytest.raises(ValueError, match="bad.pth.*query_embed.weight"):
         load_detr(bad)
-    for nothing in ({"a": torch.zeros(1)}, [1, 2], {"model": 3}, {}, {"model": {"class_embed.bias": torch.tensor(0)}}):
+    good = small().state_dict()
+    for nothing in ({"a": torch.zeros(1)}, [1, 2], {"model": 3}, {}, {"model": {"class_embed.bias": torch.tensor(0)}},
+                    {"model": {**good, "query_embed.weight": "text"}}, {"model": good, "config": {"nheads": 0}},
+                    {"model": good, "config": {"nheads": -4}}, {"model": good, "config": {"nheads": math.nan}},
+                    {"model": good, "config": {"nheads": 4, "size": 0}}, {"model": good, "config": {"nheads": 4}, "classes": 3},
+                    {"model": {**good, "class_embed.weight": good["class_embed.weight"][:1], "class_embed.bias": good["class_embed.bias"][:1]}}):
         torch.save(nothing, bad)
         with pytest.raises(ValueError, match="bad.pth"):
             load_detr(bad)
@@ -821,7 +908,8 @@ def test_bad_data_is_named_before_the_first_step(folder, tmp_path, quick, capsys
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "tiny", "--batch-size", "99"], "lower --batch-size"), (["--model", "nowhere.pth", "--batch-size", "4"], "nowhere.pth"),
     (["--resume"], "checkpoint.pth"), (["--model", "tiny", "--epochs", "0"], "--epochs"),
-    (["--model", "tiny", "--device", "abacus"], "abacus"), (["--model", "tiny", "--train", "2012_train"], "2012_train")])
+    (["--model", "tiny", "--device", "abacus"], "--device abacus"), (["--model", "tiny", "--device", ""], "--device"),
+    (["--model", "tiny", "--eval"], "tiny starts untrained"), (["--model", "tiny", "--output", __file__], "test_detr_mini.py"), (["--model", "tiny", "--train", "2012_train"], "2012_train")])
 def test_wrong_arguments_are_explained(folder, tmp_path, quick, capsys, arguments, message):
     assert train(folder, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
@@ -946,6 +1034,62 @@ sys.exit(train_voc.main(sys.argv[1:]))
         assert one.keys() == two.keys() and len(one) > 30
         for name in one.keys() - {"train_class_error", "test_class_error"}:      # a mean of ratios, which is each process's own
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), name
+
+
+def damaged(checkpoint, *path, value=None):
+    """The checkpoint with something else in one place."""
+    part = checkpoint
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    return checkpoint
+
+
+@pytest.mark.parametrize("path, value", [
+    (("epoch",), None), (("settings",), "text"), (("optimizer",), {}), (("optimizer", "state"), {}), (("scaler",), 3),
+    (("optimizer", "state", 3, "exp_avg"), torch.zeros(1)), (("optimizer", "state", 3), {}), (("history",), [torch.zeros(1)]),
+    (("training",), {}), (("config", "nheads"), 5), (("classes",), ["green", "red", "blue"])])
+def test_a_damaged_training_checkpoint_is_refused(folder, tmp_path, quick, capsys, path, value):
+    assert train(folder, tmp_path / "out", "--model", "tiny", "--epochs", "1") == 0
+    file = tmp_path / "out/checkpoint.pth"
+    torch.save(damaged(read_checkpoint(file), *path, value=value), file)
+    before = file.read_bytes()
+    assert train(folder, tmp_path / "out", "--resume", "--epochs", "2") == 2
+    assert capsys.readouterr().err.count("\n") == 1 and file.read_bytes() == before
+
+
+def test_a_broken_picture_is_named_by_a_loading_process(folder, tmp_path, quick, capsys):
+    picture = folder / "JPEGImages/03.png"
+    picture.write_bytes(picture.read_bytes()[:-60])      # its size can be read, its pixels cannot
+    assert train(folder, tmp_path / "out", "--model", "tiny", "--workers", "2") == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"train_voc.py: error: \S*03.png: the image cannot be decoded .*: replace it, or take it out of the set\n", error)
+
+
+def test_a_loading_process_that_dies(folder, tmp_path, quick, monkeypatch, capsys):
+    read = train_voc.VOC.__getitem__
+
+    def dies(self, key):
+        if key[0] == 1:         # in the second epoch
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, key)
+    monkeypatch.setattr(train_voc.VOC, "__getitem__", dies)
+    assert train(folder, tmp_path / "out", "--model", "tiny", "--workers", "1") == 2
+    assert re.search("error: DataLoader worker .*lower --workers.*--resume", capsys.readouterr().err)
+    assert read_checkpoint(tmp_path / "out/checkpoint.pth")["epoch"] == 0
+
+
+def test_a_disk_that_is_full(folder, tmp_path, quick, capsys):
+    """A file that may not grow past 100 kB: the system's own refusal, in the middle of a write."""
+    assert train(folder, tmp_path / "out", "--model", "tiny", "--epochs", "1") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    program = "import resource, sys, test_detr_mini as t\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" \
+        "t.train_voc.tiny, t.train_voc.TINY = t.quick_tiny, t.QUICK\nsys.exit(t.train_voc.main(sys.argv[1:]))"
+    full = subprocess.run([sys.executable, "-c", program, "--data", str(folder), "--device", "cpu", "--workers", "0", "--resume",
+                           "--output", str(tmp_path / "out"), "--epochs", "2"], cwd=HERE, capture_output=True, text=True, timeout=400)
+    assert full.returncode == 2 and full.stderr.count("\n") == 1 and "too large" in full.stderr
+    assert read_checkpoint(tmp_path / "out/checkpoint.pth")["epoch"] == 0
+    assert all((tmp_path / "out" / name).read_bytes() == data for name, data in before.items() if name.endswith("pth"))
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -1075,6 +1219,18 @@ def test_one_bad_file_stops_no_other(tmp_path, weights, capsys):
     assert (tmp_path / "seen/good.png").exists() and len(results) == 9
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score"} and results[0]["image_id"] == "good"
     assert see(tmp_path, weights, good) == 0
+
+
+def test_what_is_only_odd_about_a_picture_is_no_error(tmp_path, weights, capsys, recwarn):
+    """Pillow warns of broken metadata: where the picture can be read, nobody needs to know."""
+    exif = Image.Exif()
+    exif[0x010E] = "a description" * 4
+    Image.effect_noise((40, 30), 90).save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    at = data.index(b"Exif\0\0") + 6
+    (tmp_path / "a.jpg").write_bytes(data[:at + 14] + b"\xff\xff\xff\x7f" + data[at + 18:])      # a length beyond the file
+    assert see(tmp_path, weights, tmp_path / "a.jpg") == 0 and capsys.readouterr().err == ""
+    assert not [warning for warning in recwarn if "PIL" in warning.filename]
 
 
 def test_thin_and_big_pictures(tmp_path, weights):

@@ -762,6 +762,10 @@ def settle(args):
         args.classes = args.classes.split(",")
     elif resume:
         args.classes = resume["classes"]
+    if args.eval and args.model == "tiny" and not resume:
+        raise ValueError("tiny starts untrained: name a checkpoint to evaluate, such as --model outputs/best.pth")
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file: name a folder")
     if args.epochs < 1 or args.accumulate < 1 or args.batch_size < args.world * args.accumulate:
         raise ValueError("--epochs and --accumulate start at 1, and --batch-size at --accumulate times the number of processes")
     return resume, recipe
@@ -772,6 +776,8 @@ def start_model(args, resume, classes):
         config = {"nheads": 8, "dilation": False, "trained_norm": False, "dropout": 0.1} | resume["config"]
         norm = nn.BatchNorm2d if config["trained_norm"] else FrozenBatchNorm2d
         model = build_detr(resume["model"], int(config["nheads"]), config["dilation"], norm, dropout=config["dropout"])
+        if len(classes) != len(model.classes):
+            raise ValueError(f"the checkpoint has {len(model.classes)} classes, not {len(classes)}: pass it as --model for a new head")
     elif args.model == "tiny":
         model = tiny(len(classes))
     else:
