@@ -15,12 +15,13 @@ import sys
 import time
 import urllib.request
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from detr_mini import DETR, ZOO, detect, fit, load_detr
+from detr_mini import DETR, ZOO, HungarianMatcher, SetCriterion, detect, fit, load_detr
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"}
 PALETTE = ["#ff8c00", "#1f77ff", "#00a651", "#e6194b", "#911eb4", "#00b8d4", "#f032e6", "#808000", "#9a6324", "#3b3b98"]
@@ -103,53 +104,86 @@ def in_transformers(model):
     config = DetrConfig(backbone_config=resnet, num_labels=len(model.classes), num_queries=model.query_embed.num_embeddings,
                         d_model=model.query_embed.embedding_dim, encoder_layers=len(layers.encoder.layers),
                         decoder_layers=len(layers.decoder.layers), encoder_attention_heads=heads, decoder_attention_heads=heads,
-                        encoder_ffn_dim=width, decoder_ffn_dim=width)
+                        encoder_ffn_dim=width, decoder_ffn_dim=width, attention_dropout=0.1)       # the reference's
     return DetrForObjectDetection(config).eval()
 
 
 def benchmark(model, device):
-    """Latency at the model's own size: float32 and bfloat16, eager and compiled, turn by turn with transformers' DETR."""
+    """Latency at the model's own size, float32 and bfloat16, eager and compiled, and the time of a training step; each turn by turn
+    with transformers' DETR where that is installed."""
     height, width = model.size, min(model.max_size, model.size * 4 // 3)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__} on {where}, {height}x{width}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
           f"{weights / 2**20:.0f} MiB of weights")
     peer = None if model.backbone[0].body.dilation else in_transformers(model)
-    runs = {"eager float32": (model, False), "eager bfloat16": (model, True), "compiled float32": (torch.compile(model), False)}
+    kinds = {"float32": (model, False), "bfloat16": (model, True), "compiled": (torch.compile(model), False)}
     if peer:
-        runs |= {"transformers float32": (peer.to(device), False), "transformers bfloat16": (peer, True)}
+        kinds |= {"transformers": (peer.to(device), False), "transformers bfloat16": (peer, True)}
     if device.type == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         print("bfloat16 left out: this CPU has no instructions for it")
-        runs = {name: run for name, run in runs.items() if "bfloat16" not in name}
+        kinds = {name: kind for name, kind in kinds.items() if "bfloat16" not in name}
 
-    @torch.inference_mode()
-    def seconds(run, half, images):
+    def look(network, half, images):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            network(images)
+
+    for batch in (1, 16) if device.type == "cuda" else (1,):
+        images = torch.randn(batch, 3, height, width, device=device)
+        compare(f"batch {batch}", batch, {name: partial(look, *kind, images) for name, kind in kinds.items()}, device)
+    compare("training step", 2, training_steps(model, peer, device), device)
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+
+
+def training_steps(model, peer, device):
+    """One step each, by name: two images of 640x640 with ten objects, losses of all decoder layers, AdamW, float32."""
+    images = torch.randn(2, 3, 640, 640, device=device)
+    targets = [{"labels": torch.randint(len(model.classes), (10,), device=device), "boxes": torch.rand(10, 4, device=device) / 4 + 0.25}
+               for _ in range(2)]
+    criterion = SetCriterion(len(model.classes), HungarianMatcher()).to(device)
+    model.aux_loss = True
+    losses = {"float32": (model, lambda: criterion.total(criterion(model(images), targets)))}
+    if peer:
+        peer.config.auxiliary_loss = True
+        for name, parameter in peer.model.backbone.named_parameters():      # it trains none of the backbone: as the paper has it, ...
+            parameter.requires_grad_("embedder" not in name and "stages.0" not in name)     # ... all but stem and first stage
+        labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
+        losses["transformers"] = peer, lambda: peer(images, labels=labels).loss
+
+    def step(loss, optimizer):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: partial(step, loss, torch.optim.AdamW([p for p in network.train().parameters() if p.requires_grad], 1e-6, fused=True))
+            for name, (network, loss) in losses.items()}
+
+
+def compare(title, batch, runs, device):
+    """Time functions turn by turn, for a minute or 30 rounds, and print the medians."""
+    def seconds(run):
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            run(images)
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for batch in (1, 16) if device.type == "cuda" else (1,):
-        images, times = torch.randn(batch, 3, height, width, device=device), {}
-        for name, run in runs.items():
-            try:
-                for _ in range(3):
-                    seconds(*run, images)
-                times[name] = []
-            except Exception as error:      # torch.compile needs a C++ compiler, or Triton, which not every machine has
-                print(f"batch {batch}  {name:21} not possible here ({type(error).__name__})")
-        start = time.perf_counter()
-        while time.perf_counter() - start < 60 and len(next(iter(times.values()))) < 30:
-            for name, taken in times.items():
-                taken.append(seconds(*runs[name], images))
-        medians = {name: statistics.median(taken) for name, taken in times.items()}
-        for name, median in medians.items():
-            ratio = f"  {medians['transformers float32'] / median:5.2f} x transformers float32" if peer else ""
-            print(f"batch {batch}  {name:21} {1000 * median:8.1f} ms  {batch / median:7.1f} images/s{ratio}", flush=True)
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+    times = {}
+    for name, run in runs.items():
+        try:
+            for _ in range(3):
+                seconds(run)
+            times[name] = []
+        except Exception as error:      # torch.compile needs a C++ compiler, or Triton, which not every machine has
+            print(f"{title:13}  {name:21} not possible here ({type(error).__name__})")
+    start = time.perf_counter()
+    while time.perf_counter() - start < 60 and len(next(iter(times.values()))) < 30:
+        for name, taken in times.items():
+            taken.append(seconds(runs[name]))
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    for name, median in medians.items():
+        ratio = f"  {medians['transformers'] / median:5.2f} x transformers" if "transformers" in medians else ""
+        print(f"{title:13}  {name:21} {1000 * median:8.1f} ms  {batch / median:7.1f} images/s{ratio}", flush=True)
 
 
 def choose_device(name):
@@ -190,7 +224,7 @@ def arguments(argv):
     parser.add_argument("--attention", action="store_true", help="show where each detection's query looked, beside the boxes")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default)")
     parser.add_argument("--benchmark", action="store_true", help="time the model (default: detr_resnet50) on this device "
-                        "instead, side by side with transformers' where that is installed; nothing is fetched")
+                        "instead, and a training step, side by side with transformers' where that is installed; nothing is fetched")
     return parser.parse_args(argv)
 
 

@@ -1249,6 +1249,20 @@ def test_attention_beside_the_boxes(tmp_path, weights):
     assert Image.open(tmp_path / "seen/a.png").size == (2 * plain[0], plain[1])
 
 
+def test_benchmark_beside_transformers(weights, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(infer, "in_transformers", lambda model, make=infer.in_transformers: peers.append(make(model)) or peers[0])
+    peers = []
+    assert infer.main(["--benchmark", "--weights", weights, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for pattern in (r"batch 1 +float32 +[\d.]+ ms +[\d.]+ images/s +[\d.]+ x transformers", r"batch 1 +compiled ", r"batch 1 +transformers .* 1\.00 x",
+                    r"training step +float32 ", r"training step +transformers .* 1\.00 x"):
+        assert re.search(pattern, out), pattern
+    model = load_detr(weights)
+    assert sum(p.numel() for p in peers[0].parameters()) == sum(p.numel() for p in model.parameters())
+    assert sum(p.requires_grad for p in peers[0].parameters()) > 0.5 * len(list(peers[0].parameters()))
+
+
 def test_folders_and_equal_names(tmp_path, weights, capsys):
     for name in ("x/a.png", "x/b.jpg", "y/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
