@@ -104,7 +104,7 @@ def in_transformers(model):
     config = DetrConfig(backbone_config=resnet, num_labels=len(model.classes), num_queries=model.query_embed.num_embeddings,
                         d_model=model.query_embed.embedding_dim, encoder_layers=len(layers.encoder.layers),
                         decoder_layers=len(layers.decoder.layers), encoder_attention_heads=heads, decoder_attention_heads=heads,
-                        encoder_ffn_dim=width, decoder_ffn_dim=width, attention_dropout=0.1)       # the reference's
+                        encoder_ffn_dim=width, decoder_ffn_dim=width, attention_dropout=0.1, activation_dropout=0.1)   # the reference's
     return DetrForObjectDetection(config).eval()
 
 
@@ -142,7 +142,7 @@ def training_steps(model, peer, device):
     targets = [{"labels": torch.randint(len(model.classes), (10,), device=device), "boxes": torch.rand(10, 4, device=device) / 4 + 0.25}
                for _ in range(2)]
     criterion = SetCriterion(len(model.classes), HungarianMatcher()).to(device)
-    model.aux_loss = True
+    model.to(memory_format=torch.channels_last).aux_loss = True     # as train_voc.py has it
     losses = {"float32": (model, lambda: criterion.total(criterion(model(images), targets)))}
     if peer:
         peer.config.auxiliary_loss = True
@@ -266,7 +266,7 @@ def run(args):
             stem += "_"
         names.add(stem)
         target = args.out / f"{stem}.png"
-        save(target, lambda path: image.save(path, "PNG"))
+        save(target, lambda path: image.save(path, "PNG", compress_level=4))     # a third of the default level's time
         print(f"  -> {target}")
         image_id = int(stem) if stem.isdigit() else stem
         for score, label, (x0, y0, x1, y1) in zip(*(found[name].tolist() for name in ("scores", "labels", "boxes"))):
