@@ -1251,6 +1251,7 @@ def test_attention_beside_the_boxes(tmp_path, weights):
 
 def test_benchmark_beside_transformers(weights, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(infer, "BENCHMARK_SECONDS", 1)
     monkeypatch.setattr(infer, "in_transformers", lambda model, make=infer.in_transformers: peers.append(make(model)) or peers[0])
     peers = []
     assert infer.main(["--benchmark", "--weights", weights, "--device", "cpu"]) == 0
