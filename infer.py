@@ -25,6 +25,7 @@ from detr_mini import DETR, ZOO, HungarianMatcher, SetCriterion, detect, fit, lo
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp"}
 PALETTE = ["#ff8c00", "#1f77ff", "#00a651", "#e6194b", "#911eb4", "#00b8d4", "#f032e6", "#808000", "#9a6324", "#3b3b98"]
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)      # what Pillow raises where a picture is broken
 BENCHMARK_SECONDS = 60      # for one comparison
 
 
@@ -250,7 +251,7 @@ def run(args):
             start = time.perf_counter()
             [found] = detect(model, picture, args.threshold)
             seconds = time.perf_counter() - start
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             print(f"infer.py: error: {source}: cannot be read as an image ({error}): give a JPEG, PNG, WebP, GIF or TIFF", file=sys.stderr)
             failures += 1
             continue

@@ -885,6 +885,14 @@ def test_any_folder_of_images_and_annotations(tmp_path):
     assert "8 boxes clipped" in data.summary and "8 without area dropped" in data.summary
 
 
+def test_a_set_without_any_object(folder, tmp_path, quick):
+    (folder / "ImageSets/Main/val.txt").write_text("11\n")
+    assert train(folder, tmp_path / "out", "--model", "tiny", "--epochs", "1") == 0
+    assert json.loads((tmp_path / "out/log.txt").read_text())["test_coco_eval_bbox"] == [-1] * 12
+    data = train_voc.VOC(train_voc.find_sets(folder, ["val"], 0), folder)
+    assert data.record(0)[3].dtype == torch.int64 and data.record(0)[2].shape == (0, 4)
+
+
 @pytest.mark.parametrize("break_it, message", [
     (lambda d: (d / "Annotations/03.xml").write_text("<annotation><object>"), "03.xml"),
     (lambda d: (d / "Annotations/03.xml").write_text(xml([("red", ("nan", 1, 2, 3), False)])), "03.xml.*finite"),
@@ -895,6 +903,7 @@ def test_any_folder_of_images_and_annotations(tmp_path):
     (lambda d: (d / "Annotations/03.xml").unlink(), "03.xml"),
     (lambda d: (d / "JPEGImages/03.png").unlink(), "03.xml.*03.jpg"),
     (lambda d: (d / "JPEGImages/03.png").write_bytes(b"no image"), "03.png"),
+    (lambda d: Image.new("1", (20_000, 20_000)).save(d / "JPEGImages/03.png"), "03.png: not a readable image .*decompression bomb"),
     (lambda d: (d / "ImageSets/Main/val.txt").unlink(), "no set 'val'.*train"),
     (lambda d: (d / "ImageSets/Main/val.txt").write_text(""), "empty"),
     (lambda d: (d / "Annotations/09.xml").write_text(xml([("blue", (1, 1, 9, 9), False)])), "09.xml: class 'blue' is none of green, red")])

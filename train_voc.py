@@ -43,7 +43,7 @@ except ImportError:     # Windows
 
 from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
                        fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
-from infer import SUFFIXES, choose_device, draw
+from infer import SUFFIXES, UNREADABLE, choose_device, draw
 
 # COCO's names of VOC's classes, where they differ.
 COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
@@ -243,7 +243,7 @@ class VOC(Dataset):
             try:
                 with Image.open(self.images[-1]) as picture:
                     sizes.extend((picture.height, picture.width))
-            except OSError as error:
+            except UNREADABLE as error:
                 raise ValueError(f"{self.images[-1]}: not a readable image ({error}): replace it, or take it out of the set") from error
             objects = read_annotation(path)
             counts.append(len(objects))
@@ -262,7 +262,8 @@ class VOC(Dataset):
         boxes, owner = torch.tensor(boxes).view(-1, 4), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         clipped = boxes.clamp(min=0).minimum(self.sizes[owner].flip(1).repeat(1, 2))
         keep = (clipped[:, 2:] > clipped[:, :2]).all(1)
-        self.boxes, self.labels = clipped[keep], torch.tensor([label_of[name] for name in seen])[torch.tensor(names)[keep].long()]
+        labels = torch.tensor([label_of[name] for name in seen], dtype=torch.int64)
+        self.boxes, self.labels = clipped[keep], labels[torch.tensor(names, dtype=torch.int64)[keep]]
         self.difficult = torch.tensor(difficult)[keep].bool()
         self.ends = [0, *torch.bincount(owner[keep], minlength=len(counts)).cumsum(0).tolist()]
         self.summary = f"{len(self.images)} images, {len(self.boxes)} objects"
@@ -286,7 +287,7 @@ class VOC(Dataset):
         try:
             with Image.open(path) as picture:
                 image = to_tensor(picture)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path}: the image cannot be decoded ({error}): replace it, or take it out of the set") from error
         if self.seed is not None:
             image, boxes, labels = augment(image, boxes[~difficult], labels[~difficult], self.recipe,
