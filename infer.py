@@ -8,6 +8,7 @@
 import argparse
 import io
 import json
+import logging
 import math
 import os
 import statistics
@@ -207,6 +208,12 @@ def find_images(sources):
     return images
 
 
+def hush():
+    """What Pillow and torch remark on files that they can read, or refuse anyway, is not for the user."""
+    warnings.filterwarnings("ignore", module="PIL|torch")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
 def save(path, write):
     """Write to a temporary name, then rename, so that `path` is never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +288,7 @@ def run(args):
 
 
 def main(argv=None):
-    warnings.filterwarnings("ignore", module="PIL|torch")     # of what they could read all the same
+    hush()
     try:
         return run(arguments(argv))
     except (OSError, ValueError, RuntimeError) as error:

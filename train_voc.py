@@ -18,7 +18,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import warnings
 import xml.etree.ElementTree as ElementTree
 from array import array
 from functools import lru_cache
@@ -43,7 +42,7 @@ except ImportError:     # Windows
 
 from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
                        fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
-from infer import SUFFIXES, UNREADABLE, choose_device, draw
+from infer import SUFFIXES, UNREADABLE, choose_device, draw, hush
 
 # COCO's names of VOC's classes, where they differ.
 COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
@@ -886,7 +885,7 @@ def run(args):
         log(f"{line}  ETA {clock((time.time() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1))}", flush=True)
 
 def main(argv=None):
-    warnings.filterwarnings("ignore", module="PIL|torch")     # of what they could read all the same
+    hush()
     try:
         run(arguments(argv))
         return 0
