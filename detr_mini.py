@@ -541,7 +541,10 @@ def read_checkpoint(path):
     checkpoint = checkpoint if isinstance(checkpoint, dict) and "model" in checkpoint else {"model": checkpoint}
     config = checkpoint.get("config", checkpoint.get("args"))           # ours, or a published training checkpoint's
     config = vars(config) if isinstance(config, argparse.Namespace) else config if isinstance(config, dict) else {}
-    return checkpoint | {"config": {name: value for name, value in config.items() if isinstance(value, (int, float))}}
+    config = {name: value for name, value in config.items() if isinstance(value, (int, float))}
+    if not all(1 <= config.get(name, 1) <= 10000 for name in ("size", "max_size")):
+        raise ValueError(f"{path}: its config has a size of {config.get('size')} to {config.get('max_size')} pixels, not 1 to 10,000")
+    return checkpoint | {"config": config}
 
 def build_detr(weights, nheads=8, dilation=False, norm=FrozenBatchNorm2d, **options):
     """The DETR that has these weights, loaded: widths, depths, queries and classes are read off their names and shapes.
@@ -593,8 +596,6 @@ def load_detr(source, num_classes=None, device="cpu"):
         model = build_detr(checkpoint["model"], int(config.get("nheads", 8)), config.get("dilation", "-dc5" in path.name))
         names = checkpoint.get("classes") or COCO_CLASSES
         model.size, model.max_size = int(config.get("size", 800)), int(config.get("max_size", 1333))
-        if min(model.size, model.max_size) < 1:
-            raise ValueError(f"its config asks for pictures of {model.size} to {model.max_size} pixels")
         model.classes = list(map(str, names)) if len(names) == len(model.classes) else model.classes
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error

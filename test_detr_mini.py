@@ -634,7 +634,7 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
     for nothing in ({"a": torch.zeros(1)}, [1, 2], {"model": 3}, {}, {"model": {"class_embed.bias": torch.tensor(0)}},
                     {"model": {**good, "query_embed.weight": "text"}}, {"model": good, "config": {"nheads": 0}},
                     {"model": good, "config": {"nheads": -4}}, {"model": good, "config": {"nheads": math.nan}},
-                    {"model": good, "config": {"nheads": 4, "size": 0}}, {"model": good, "config": {"nheads": 4}, "classes": 3},
+                    {"model": good, "config": {"nheads": 4, "size": 0}}, {"model": good, "config": {"nheads": 4, "max_size": 1e9}}, {"model": good, "config": {"nheads": 4}, "classes": 3},
                     {"model": {**good, "class_embed.weight": good["class_embed.weight"][:1], "class_embed.bias": good["class_embed.bias"][:1]}}):
         torch.save(nothing, bad)
         with pytest.raises(ValueError, match="bad.pth"):
