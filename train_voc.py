@@ -611,7 +611,7 @@ def draw_detections(data, predictions, threshold=0.7):
         drawn = ImageOps.pad(drawn, tile, Image.Resampling.LANCZOS, color="white")
         sheet.paste(drawn, (k % columns * tile[0], k // columns * tile[1]))
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    sheet.save(buffer, "PNG", compress_level=4)
     return buffer.getvalue()
 
 def benchmark(args, recipe):
