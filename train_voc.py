@@ -745,10 +745,12 @@ def settle(args):
     if args.workers is None:
         args.workers = min(12, os.cpu_count()) if args.device.type == "cuda" else 1
 
-    resume = read_checkpoint(args.resume or args.output / "checkpoint.pth") if args.resume is not None else {}
+    if args.resume is not None:
+        args.resume = args.resume or args.output / "checkpoint.pth"
+    resume = read_checkpoint(args.resume) if args.resume else {}
     lacks = [name for name, kind in RESUMED.items() if not isinstance(resume.get(name), kind)]
     if resume and lacks:
-        raise ValueError(f"{args.resume or args.output / 'checkpoint.pth'}: may hold a model, but no training to go on with (of "
+        raise ValueError(f"{args.resume}: may hold a model, but no training to go on with (of "
                          f"{', '.join(RESUMED)}, {', '.join(lacks)} is missing): pass it as --model instead")
     settings = {name: value for name, value in resume.get("settings", {}).items() if isinstance(value, SETTINGS.get(name, ()))}
     args.model = args.model or settings.get("model", "detr_resnet50")
@@ -808,7 +810,7 @@ def run(args):
         if dist.is_initialized():
             dist.barrier()
     if args.eval:       # with the head as it is: what it says of other classes is no error
-        model = load_detr((args.resume or args.output / "checkpoint.pth") if resume else args.model, device=args.device)
+        model = load_detr(args.resume or args.model, device=args.device)
         if args.classes and model.classes[0] == "class 0":
             model.classes = args.classes
         args.classes, model.aux_loss = model.classes, True
