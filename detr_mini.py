@@ -565,7 +565,7 @@ def build_detr(weights, nheads=8, dilation=False, norm=FrozenBatchNorm2d, **opti
                      dim_feedforward=len(weights["transformer.decoder.layers.0.linear1.bias"]),
                      num_queries=len(weights["query_embed.weight"]), **options)
         model.load_state_dict(weights)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"these are not the weights of a DETR ({' '.join(str(error).split())[:400]})") from error
     return model
 

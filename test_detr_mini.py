@@ -632,7 +632,8 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path):
         load_detr(bad)
     good = small().state_dict()
     for nothing in ({"a": torch.zeros(1)}, [1, 2], {"model": 3}, {}, {"model": {"class_embed.bias": torch.tensor(0)}},
-                    {"model": {**good, "query_embed.weight": "text"}}, {"model": good, "config": {"nheads": 0}},
+                    {"model": {**good, "query_embed.weight": "text"}}, {"model": {**good, "input_proj.bias": torch.zeros(0)}},
+                    {"model": good, "config": {"nheads": 0}},
                     {"model": good, "config": {"nheads": -4}}, {"model": good, "config": {"nheads": math.nan}},
                     {"model": good, "config": {"nheads": 4, "size": 0}}, {"model": good, "config": {"nheads": 4, "max_size": 1e9}}, {"model": good, "config": {"nheads": 4}, "classes": 3},
                     {"model": {**good, "class_embed.weight": good["class_embed.weight"][:1], "class_embed.bias": good["class_embed.bias"][:1]}}):
@@ -808,6 +809,36 @@ def test_annotations_as_they_are_meant(folder):
     x0, y0, x1, y1 = boxes[0].int().tolist()        # VOC counts from 1 and includes the last pixel: these are edges
     assert (pixels[y0:y1, x0:x1].max(-1) == 255).all() and pixels[y0 - 1, x0].max() < 255 and pixels[y0, x0 - 1].max() < 255
     assert len(data.record(11)[2]) == 0
+
+
+def test_a_large_set_is_read_once_until_a_file_changes(folder, tmp_path, monkeypatch):
+    def look():
+        reads.clear()
+        train_voc.images_under.cache_clear()
+        data = train_voc.VOC(train_voc.find_sets(folder, ["train"], 0), folder)
+        return [(path, size, *(value.tolist() for value in values)) for path, size, *values in map(data.record, range(len(data)))]
+
+    reads, read = [], train_voc.read_annotation
+    monkeypatch.setattr(train_voc, "read_annotation", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    truth = look()
+    look()
+    assert len(reads) == 8 and not (tmp_path / "hub").exists()              # a small set: each time
+    monkeypatch.setattr(train_voc, "LARGE_SET", 8)
+    assert look() == truth and len(reads) == 8
+    assert look() == truth and not reads
+    changed = folder / "Annotations/03.xml"
+    changed.write_text(changed.read_text().replace("</annotation>", " </annotation>"))
+    assert look() == truth and len(reads) == 8
+    for file in (tmp_path / "hub").rglob("*.pth"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert look() == truth and len(reads) == 8                              # damaged
+    assert look() == truth and not reads                                    # and mended
+    with Image.open(folder / "JPEGImages/03.png") as picture:
+        picture.resize((48, 32)).save(folder / "JPEGImages/03.png")
+    assert look()[3][1] == [32, 48] and len(reads) == 8
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(folder / "JPEGImages/00.png"))   # no place for it
+    assert look()[3][1] == [32, 48] and look() and len(reads) == 8
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@
     python train_voc.py --data my_folder --model outputs/best.pth --eval
 """
 import argparse
+import contextlib
+import hashlib
 import http.client
 import io
 import json
@@ -60,6 +62,9 @@ TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), eos_coef=(0.1, 0.4), ema=0.
 # What a checkpoint needs for its run to be resumed, and the settings that hold on, with their types.
 RESUMED = {"optimizer": dict, "scaler": dict, "epoch": int, "best": float, "history": list, "classes": list, "settings": dict}
 SETTINGS = {"model": str, "epochs": int, "batch_size": int, "lr": float, "seed": int}
+
+# From this many images on, what the annotations say is kept for the next start.
+LARGE_SET = 20_000
 
 # What to do about an error, by a part of its message.
 HINTS = {"DataLoader worker": "if memory is short, lower --workers", "out of memory": "raise --accumulate"}
@@ -214,6 +219,8 @@ def images_under(folder):
 
 def image_of(path, folder):
     """The image of an annotation file: in JPEGImages beside the annotations' folder, else in theirs, else anywhere in `folder`."""
+    if not path.is_file():
+        raise ValueError(f"no annotation {path}, though its set lists it: add it, or take the line out of ImageSets")
     usual = path.parent.parent / "JPEGImages" / f"{path.stem}.jpg"
     if usual.is_file():
         return str(usual)
@@ -221,6 +228,43 @@ def image_of(path, folder):
     if not images:
         raise ValueError(f"no image for {path}: expected {path.stem}.jpg (or .png ...) in the data folder")
     return min(images, key=lambda image: (os.path.dirname(image) != str(usual.parent), os.path.dirname(image) != str(path.parent)))
+
+def read_set(paths, images):
+    """The sizes (n, 2) h, w of some images and the objects of their annotation files: how many in each (n,), boxes (M, 4)
+    float32 x0 y0 x1 y1 pixels, names (M,) as indices into the last value, difficult (M,), and {name: a file that has it}."""
+    sizes, counts, boxes, names, difficult, seen = array("i"), array("q"), array("f"), array("q"), array("b"), {}
+    progress = Progress("read annotations", len(paths))
+    for step, (path, image) in enumerate(zip(paths, images)):
+        try:
+            with Image.open(image) as picture:
+                sizes.extend((picture.height, picture.width))
+        except UNREADABLE as error:
+            raise ValueError(f"{image}: not a readable image ({error}): replace it, or take it out of the set") from error
+        objects = read_annotation(path)
+        counts.append(len(objects))
+        for name, box, hard in objects:
+            names.append(seen.setdefault(name, (len(seen), str(path)))[0])
+            boxes.extend(box)
+            difficult.append(hard)
+        progress.show(step + 1)
+    return (torch.tensor(sizes).view(-1, 2), torch.tensor(counts), torch.tensor(boxes).view(-1, 4), torch.tensor(names),
+            torch.tensor(difficult).bool(), {name: path for name, (_, path) in seen.items()})
+
+def remembered(read, paths, images):
+    """What `read` says of these files; of a large set it is kept in torch's cache folder until one of its files changes."""
+    if len(paths) < LARGE_SET:
+        return read(paths, images)
+    states = "".join(f"{os.path.abspath(file)} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}\n" for file in (*paths, *images))
+    cache = Path(torch.hub.get_dir(), "detr_mini", hashlib.sha256(states.encode()).hexdigest() + ".pth")
+    if cache.is_file():
+        with contextlib.suppress(Exception):        # damaged: read again
+            return torch.load(cache, weights_only=True)
+    result = read(paths, images)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with contextlib.suppress(OSError):          # no room there: the next start reads again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            save(cache, result)
+    return result
 
 class VOC(Dataset):
     """The images and objects of some annotation files, all read and checked before the first step.
@@ -231,39 +275,22 @@ class VOC(Dataset):
 
     def __init__(self, paths, folder, classes=None, recipe=FINE_TUNE, seed=None):
         """paths: of `find_sets`; folder: where their images are. With a `seed`, to train on: augmented, difficult left out."""
-        self.recipe, self.seed, self.images = recipe, seed, []
-        sizes, counts, boxes, names, difficult, seen = array("i"), [], array("f"), array("i"), array("b"), {}
-        progress = Progress("read annotations", len(paths))
-        for path in paths:
-            progress.show(len(self.images) + 1)
-            if not path.is_file():
-                raise ValueError(f"no annotation {path}, though its set lists it: add it, or take the line out of ImageSets")
-            self.images.append(image_of(path, folder))
-            try:
-                with Image.open(self.images[-1]) as picture:
-                    sizes.extend((picture.height, picture.width))
-            except UNREADABLE as error:
-                raise ValueError(f"{self.images[-1]}: not a readable image ({error}): replace it, or take it out of the set") from error
-            objects = read_annotation(path)
-            counts.append(len(objects))
-            for name, box, hard in objects:
-                names.append(seen.setdefault(name, (len(seen), path))[0])
-                boxes.extend(box)
-                difficult.append(hard)
+        self.recipe, self.seed = recipe, seed
+        self.images = [image_of(path, folder) for path in paths]
+        sizes, counts, boxes, names, difficult, seen = remembered(read_set, paths, self.images)
 
         self.classes = classes or sorted(seen)
         label_of = {name: i for i, name in enumerate(self.classes)}
         label_of = {name: label_of[coco] for name, coco in COCO_NAMES.items() if coco in label_of} | label_of
-        for name, (_, path) in seen.items():
+        for name, path in seen.items():
             if name not in label_of:
                 raise ValueError(f"{path}: class {name!r} is none of {', '.join(self.classes)}: correct it, or pass --classes")
-        self.sizes = torch.tensor(sizes).view(-1, 2)
-        boxes, owner = torch.tensor(boxes).view(-1, 4), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        self.sizes, owner = sizes, torch.arange(len(counts)).repeat_interleave(counts)
         clipped = boxes.clamp(min=0).minimum(self.sizes[owner].flip(1).repeat(1, 2))
         keep = (clipped[:, 2:] > clipped[:, :2]).all(1)
         labels = torch.tensor([label_of[name] for name in seen], dtype=torch.int64)
-        self.boxes, self.labels = clipped[keep], labels[torch.tensor(names, dtype=torch.int64)[keep]]
-        self.difficult = torch.tensor(difficult)[keep].bool()
+        self.boxes, self.labels = clipped[keep], labels[names[keep]]
+        self.difficult = difficult[keep]
         self.ends = [0, *torch.bincount(owner[keep], minlength=len(counts)).cumsum(0).tolist()]
         self.summary = f"{len(self.images)} images, {len(self.boxes)} objects"
         changed, dropped = int((clipped != boxes).any(1)[keep].sum()), int((~keep).sum())
