@@ -247,8 +247,8 @@ def read_set(paths, images):
             boxes.extend(box)
             difficult.append(hard)
         progress.show(step + 1)
-    return (torch.tensor(sizes).view(-1, 2), torch.tensor(counts), torch.tensor(boxes).view(-1, 4), torch.tensor(names),
-            torch.tensor(difficult).bool(), {name: path for name, (_, path) in seen.items()})
+    return (torch.tensor(sizes).view(-1, 2), torch.tensor(counts), torch.tensor(boxes).view(-1, 4),
+            torch.tensor(names, dtype=torch.int64), torch.tensor(difficult).bool(), {name: path for name, (_, path) in seen.items()})
 
 def remembered(read, paths, images):
     """What `read` says of these files; of a large set it is kept in torch's cache folder until one of its files changes."""
