@@ -1198,6 +1198,17 @@ def test_one_batch_is_learnt_by_heart(folder):
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_a_tiny_run_weighs_no_object_more_later_on(folder, quick, tmp_path, monkeypatch):
+    seen, original = [], train_voc.train_one_epoch
+    monkeypatch.setattr(train_voc, "train_one_epoch", lambda model, criterion, *rest: seen.append(
+        round(criterion.class_weight[-1].item(), 3)) or original(model, criterion, *rest))
+    assert train(folder, tmp_path / "out", "--model", "tiny") == 0
+    assert seen == [0.1, 0.1, 0.4, 0.4]
+    seen.clear()
+    assert train(folder, tmp_path / "out2", "--model", str(tmp_path / "out/best.pth"), "--epochs", "2", "--batch-size", "4") == 0
+    assert seen == [0.1, 0.1]
+
+
 def test_benchmark_needs_no_data(quick, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert train_voc.main(["--benchmark", "--model", "tiny", "--device", "cpu", "--workers", "0", "--batch-size", "2"]) == 0

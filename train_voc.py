@@ -51,12 +51,12 @@ COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike
               "sofa": "couch", "tvmonitor": "tv"}
 
 # What a run does unless told otherwise: fine-tuning as the paper trains (A.4), and the small detector that starts from nothing.
-# eos_coef: the weight of "no object", and that of the last 40 % of the epochs, where doubles are to go. ema: the weight of the old
+# eos_coef: the weight of "no object", and that of the second half of the epochs, where doubles are to go. ema: the weight of the old
 # in the running average of the weights, which is what is evaluated and kept. lr_backbone is a factor on lr; warmup counts
 # steps; evaluate_every counts epochs.
 FINE_TUNE = dict(size=800, max_size=1333, zoom=None, eos_coef=(0.1, 0.1), ema=0, lr=1e-4, lr_backbone=0.1, batch_size=16, epochs=40,
                  warmup=0, evaluate_every=1)
-TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), eos_coef=(0.1, 0.4), ema=0.999, lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=530,
+TINY = dict(size=240, max_size=320, zoom=(0.9, 1.5), eos_coef=(0.1, 0.4), ema=0.999, lr=3e-4, lr_backbone=1.0, batch_size=4, epochs=800,
             warmup=200, evaluate_every=10)
 
 # What a checkpoint needs for its run to be resumed, and the settings that hold on, with their types.
@@ -741,7 +741,7 @@ def arguments(argv):
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo (default: detr_resnet50), a checkpoint file, "
         "or tiny, a small detector trained from nothing")
     add("--new-head", action="store_true", help="forget the rows of the class head even of classes that the weights know")
-    add("--epochs", type=int, metavar="N", help="default 40, tiny 530; after three quarters the learning rate drops to a tenth")
+    add("--epochs", type=int, metavar="N", help="default 40, tiny 800; after three quarters the learning rate drops to a tenth")
     add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default 16; tiny 4)")
     add("--accumulate", type=int, default=1, metavar="N", help="compute each step in N parts, where memory is short (default 1)")
     add("--lr", type=float, metavar="F", help="learning rate (default 1e-4, and a tenth of it for the backbone; tiny 3e-4 for all)")
@@ -884,7 +884,7 @@ def run(args):
     began = time.time()
     for epoch in range(first, args.epochs):
         train_loader.batch_sampler.epoch = epoch
-        criterion.class_weight[-1] = args.eos_coef[epoch >= 0.6 * args.epochs]
+        criterion.class_weight[-1] = args.eos_coef[epoch >= 0.5 * args.epochs]
         torch.manual_seed(hash((args.seed, epoch, args.rank)) % 2**32)      # dropout: the same whether resumed or not
         losses = train_one_epoch(parallel, criterion, optimizer, scaler, train_loader, epoch, args)
         if not math.isfinite(losses["loss"]):
