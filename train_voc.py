@@ -250,16 +250,17 @@ def read_set(paths, images):
     return (torch.tensor(sizes).view(-1, 2), torch.tensor(counts), torch.tensor(boxes).view(-1, 4),
             torch.tensor(names, dtype=torch.int64), torch.tensor(difficult).bool(), {name: path for name, (_, path) in seen.items()})
 
-def remembered(read, paths, images):
-    """What `read` says of these files; of a large set it is kept in torch's cache folder until one of its files changes."""
+def remembered(paths, images):
+    """What `read_set` says of these files; of a large set it is kept in torch's cache folder until one of its files changes."""
     if len(paths) < LARGE_SET:
-        return read(paths, images)
-    states = "".join(f"{os.path.abspath(file)} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}\n" for file in (*paths, *images))
+        return read_set(paths, images)
+    states = ((os.path.abspath(file), os.stat(file)) for file in (*paths, *images))
+    states = "".join(f"{file} {state.st_size} {state.st_mtime_ns}\n" for file, state in states)
     cache = Path(torch.hub.get_dir(), "detr_mini", hashlib.sha256(states.encode()).hexdigest() + ".pth")
     if cache.is_file():
         with contextlib.suppress(Exception):        # damaged: read again
             return torch.load(cache, weights_only=True)
-    result = read(paths, images)
+    result = read_set(paths, images)
     if not dist.is_initialized() or dist.get_rank() == 0:
         with contextlib.suppress(OSError):          # no room there: the next start reads again
             cache.parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +278,7 @@ class VOC(Dataset):
         """paths: of `find_sets`; folder: where their images are. With a `seed`, to train on: augmented, difficult left out."""
         self.recipe, self.seed = recipe, seed
         self.images = [image_of(path, folder) for path in paths]
-        sizes, counts, boxes, names, difficult, seen = remembered(read_set, paths, self.images)
+        sizes, counts, boxes, names, difficult, seen = remembered(paths, self.images)
 
         self.classes = classes or sorted(seen)
         label_of = {name: i for i, name in enumerate(self.classes)}
