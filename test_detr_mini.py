@@ -976,6 +976,29 @@ def test_augmentation_moves_boxes_with_their_pixels(recipe):
     assert len(sizes) == 1 if recipe["zoom"] else len(sizes) > 5
 
 
+def test_a_cut_object_counts_where_its_centre_is_seen(monkeypatch):
+    for name in ("adjust_brightness", "adjust_contrast"):
+        monkeypatch.setattr(train_voc.T, name, lambda image, _: image)
+    y, x = torch.meshgrid(torch.arange(100), torch.arange(150), indexing="ij")
+    image = torch.stack((x, y, 0 * x)).byte()                  # pixels that say where they come from
+    recipe, kept = {**train_voc.TINY, "size": 100, "max_size": 150, "zoom": (2, 2)}, 0
+    for seed in range(60):
+        out, boxes, _ = train_voc.augment(image, torch.tensor([[40.0, 30, 90, 60]]), torch.tensor([5]), recipe, random.Random(seed))
+        seen = out[0].min() < 65 < out[0].max() and out[1].min() < 45 < out[1].max()
+        assert len(boxes) == seen
+        kept += len(boxes)
+    assert 10 < kept < 50
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_pictures_grow_with_the_epochs(folder, seed):
+    recipe = {**train_voc.TINY, "size": 64, "max_size": 96, "grow": (0.5, 0.3, 0.7), "epochs": 10}
+    paths = train_voc.find_sets(folder, ["train"], 0)
+    data = train_voc.VOC(paths, folder, recipe=recipe, seed=seed)
+    assert [data[(epoch, 0)][0].shape[1] for epoch in range(10)] == [32, 32, 32, 40, 48, 56, 64, 64, 64, 64]
+    assert train_voc.grown(train_voc.TINY | {"epochs": 1}, 0) == train_voc.grown(train_voc.FINE_TUNE, 0) == 1
+
+
 def test_the_same_picture_for_any_number_of_workers(folder):
     paths = train_voc.find_sets(folder, ["train"], 0)
     one, two = (train_voc.VOC(paths, folder, seed=0)[(3, 1)] for _ in range(2))
@@ -1024,6 +1047,9 @@ def test_resume_continues_bit_for_bit(folder, tmp_path, quick, monkeypatch, caps
     best = load_detr(tmp_path / "a/best.pth")
     assert best.classes == ["green", "red"] and best.size == 48
     assert train(folder, tmp_path / "e", "--model", str(tmp_path / "a/best.pth"), "--eval") == 0 and not (tmp_path / "e").exists()
+    resumed = ["--output", str(tmp_path / "a"), "--device", "cpu", "--resume"]
+    assert train_voc.settle(train_voc.arguments(resumed))[1]["grow"]
+    assert not train_voc.settle(train_voc.arguments([*resumed, "--eval"]))[1]["grow"]        # evaluated at the final size
 
 
 def test_killed_while_it_saves(folder, tmp_path, quick):
@@ -1204,6 +1230,7 @@ def test_a_tiny_run_weighs_no_object_more_later_on(folder, quick, tmp_path, monk
         round(criterion.class_weight[-1].item(), 3)) or original(model, criterion, *rest))
     assert train(folder, tmp_path / "out", "--model", "tiny") == 0
     assert seen == [0.1, 0.1, 0.4, 0.4]
+    assert torch.load(tmp_path / "out/best.pth", weights_only=True)["epoch"] >= 2           # its pictures have their final size
     seen.clear()
     assert train(folder, tmp_path / "out2", "--model", str(tmp_path / "out/best.pth"), "--epochs", "2", "--batch-size", "4") == 0
     assert seen == [0.1, 0.1]
