@@ -756,10 +756,10 @@ def arguments(argv):
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo (default: detr_resnet50), a checkpoint file, "
         "or tiny, a small detector trained from nothing")
     add("--new-head", action="store_true", help="forget the rows of the class head even of classes that the weights know")
-    add("--epochs", type=int, metavar="N", help="default 40, tiny 800; after three quarters the learning rate drops to a tenth")
-    add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default 16; tiny 4)")
+    add("--epochs", type=int, metavar="N", help="default 40, tiny 720; after three quarters the learning rate drops to a tenth")
+    add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default 16)")
     add("--accumulate", type=int, default=1, metavar="N", help="compute each step in N parts, where memory is short (default 1)")
-    add("--lr", type=float, metavar="F", help="learning rate (default 1e-4, and a tenth of it for the backbone; tiny 3e-4 for all)")
+    add("--lr", type=float, metavar="F", help="learning rate (default 1e-4, and a tenth of it for the backbone; tiny 6e-4 for all)")
     add("--count-difficult", action="store_true", help="evaluate VOC's difficult objects like any other (default: neither hit nor miss)")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where checkpoints and the log go (default: %(default)s)")
     add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE (default: checkpoint.pth in --output), with its settings")
