@@ -1401,8 +1401,8 @@ def test_the_first_command_finds_the_cells(tmp_path):
         assert (tmp_path / f"detections/{photo.stem}.png").exists() and photo.stem in run.stdout
         here = [(classes[r["category_id"]], r["bbox"]) for r in results if r["image_id"] == photo.stem]
         white = torch.tensor([(x, y, x + w, y + h) for name, (x, y, w, h) in here if name == "WBC"])
-        assert len(white) and (box_iou(white, torch.tensor([marked[photo.stem[-2:]]]).float()) > 0.5).all()
-        assert 8 <= [name for name, _ in here].count("RBC") <= 40
+        assert len(white) == 1 and box_iou(white, torch.tensor([marked[photo.stem[-2:]]]).float()) > 0.5
+        assert 6 <= [name for name, _ in here].count("RBC") <= 40
     assert len(PHOTOS) == 3 and (HERE / "assets/demo.pth").stat().st_size < 12e6
 
 
