@@ -1403,6 +1403,7 @@ def test_the_first_command_finds_the_cells(tmp_path):
         white = torch.tensor([(x, y, x + w, y + h) for name, (x, y, w, h) in here if name == "WBC"])
         assert len(white) == 1 and box_iou(white, torch.tensor([marked[photo.stem[-2:]]]).float()) > 0.5
         assert 6 <= [name for name, _ in here].count("RBC") <= 40
+    assert [classes[r["category_id"]] for r in results].count("RBC") >= 8 * len(PHOTOS)
     assert len(PHOTOS) == 3 and (HERE / "assets/demo.pth").stat().st_size < 12e6
 
 
