@@ -215,10 +215,13 @@ def hush():
 
 
 def save(path, write):
-    """Write to a temporary name, then rename, so that `path` is never half a file."""
+    """`write` a file, opened in binary, under a temporary name, then rename it: whatever happens, `path` is a whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -276,13 +279,13 @@ def run(args):
             stem += "_"
         names.add(stem)
         target = args.out / f"{stem}.png"
-        save(target, lambda path: image.save(path, "PNG", compress_level=4))     # a third of the default level's time
+        save(target, lambda file: image.save(file, "PNG", compress_level=4))     # a third of the default level's time
         print(f"  -> {target}")
         image_id = int(stem) if stem.isdigit() else stem
         for score, label, (x0, y0, x1, y1) in zip(*(found[name].tolist() for name in ("scores", "labels", "boxes"))):
             results.append({"image_id": image_id, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
     if args.json:
-        save(args.json, lambda path: path.write_text(json.dumps(results)))
+        save(args.json, lambda file: file.write(json.dumps(results).encode()))
         print(f"{len(results)} detections -> {args.json}")
     return 2 if failures else 0
 

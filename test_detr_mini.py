@@ -1161,13 +1161,13 @@ def test_a_disk_that_is_full(folder, tmp_path, quick, capsys):
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
-    train_voc.save(path, {"model": {"a": torch.zeros(3)}})
+    train_voc.save(path, lambda file: torch.save({"model": {"a": torch.zeros(3)}}, file))
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        train_voc.save(path, {"model": {"a": torch.ones(3)}})
+        train_voc.save(path, lambda file: torch.save({"model": {"a": torch.ones(3)}}, file))
     assert torch.equal(read_checkpoint(path)["model"]["a"], torch.zeros(3))
 
 

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import hashlib
 import http.client
-import io
 import json
 import math
 import os
@@ -44,7 +43,7 @@ except ImportError:     # Windows
 
 from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
                        fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
-from infer import SUFFIXES, UNREADABLE, choose_device, draw, hush
+from infer import SUFFIXES, UNREADABLE, choose_device, draw, hush, save
 
 # COCO's names of VOC's classes, where they differ.
 COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
@@ -264,8 +263,7 @@ def remembered(paths, images):
     result = read_set(paths, images)
     if not dist.is_initialized() or dist.get_rank() == 0:
         with contextlib.suppress(OSError):          # no room there: the next start reads again
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            save(cache, result)
+            save(cache, lambda file: torch.save(result, file))
     return result
 
 class VOC(Dataset):
@@ -604,15 +602,6 @@ def evaluate(model, criterion, loader, args):
                for _, _, boxes, labels, difficult in map(data.record, range(len(data)))]
     return averages.read(), coco_ap(predictions, targets, len(data.classes)), predictions
 
-def save(path, content):
-    """Write bytes, or a checkpoint, to a temporary name, then rename: whatever happens, `path` is a whole file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content) if isinstance(content, bytes) else torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
 # Title, name in the log, row and columns of each panel.
 PANELS = (("total loss", "loss", 0, slice(0, 3)), ("average precision", "coco_eval_bbox", 0, slice(3, 6)),
           ("cross-entropy", "loss_ce", 1, slice(0, 2)), ("box, L1", "loss_bbox", 1, slice(2, 4)),
@@ -620,7 +609,7 @@ PANELS = (("total loss", "loss", 0, slice(0, 3)), ("average precision", "coco_ev
           ("cardinality error", "cardinality_error_unscaled", 2, slice(3, 6)))
 
 def draw_curves(history):
-    """The log as a PNG of seven panels, bytes: training solid, validation dashed; AP solid, AP50 and AP75 dashed."""
+    """The log as a figure of seven panels: training solid, validation dashed; AP solid, AP50 and AP75 dashed."""
     figure = Figure((12, 9), layout="constrained")
     grid = figure.add_gridspec(3, 6)
     for title, name, row, columns in PANELS:
@@ -636,12 +625,10 @@ def draw_curves(history):
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return figure
 
 def draw_detections(data, predictions, threshold=0.7):
-    """Six images from all over the set, with what was found in them, as a PNG, bytes."""
+    """Six images from all over the set, with what was found in them, as one picture."""
     tile, columns = (800, 600), 3
     chosen = sorted({i * len(data) // 6 for i in range(6)})
     sheet = Image.new("RGB", (columns * tile[0], -(-len(chosen) // columns) * tile[1]), "white")
@@ -652,9 +639,7 @@ def draw_detections(data, predictions, threshold=0.7):
             drawn = draw(picture.convert("RGB"), found | {"names": [data.classes[label] for label in found["labels"]]})
         drawn = ImageOps.pad(drawn, tile, Image.Resampling.LANCZOS, color="white")
         sheet.paste(drawn, (k % columns * tile[0], k // columns * tile[1]))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
+    return sheet
 
 def benchmark(args, recipe):
     """Time the data loader, training and evaluation, each by itself, on pictures of noise of VOC's sizes and numbers of
@@ -920,15 +905,16 @@ def run(args):
         if args.rank == 0:
             weights = average.state_dict()
             if "test_loss" in entry:
-                save(args.output / "curves.png", draw_curves(history))
-                save(args.output / "detections.png", draw_detections(val_data, predictions))
+                save(args.output / "curves.png", lambda file: draw_curves(history).savefig(file, format="png"))
+                sheet = draw_detections(val_data, predictions)
+                save(args.output / "detections.png", lambda file: sheet.save(file, "PNG", compress_level=4))
             if improved:        # for use: half the bytes
                 half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-                save(args.output / "best.pth", {"model": half, "epoch": epoch, **about})
-            save(args.output / "checkpoint.pth", {
-                "model": weights, "training": model.state_dict(), "epoch": epoch, **about, "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "best": best, "history": history, "settings": settings})
-            save(args.output / "log.txt", "".join(json.dumps(entry) + "\n" for entry in history).encode())
+                save(args.output / "best.pth", lambda file: torch.save({"model": half, "epoch": epoch, **about}, file))
+            state = {"model": weights, "training": model.state_dict(), "epoch": epoch, **about, "optimizer": optimizer.state_dict(),
+                     "scaler": scaler.state_dict(), "best": best, "history": history, "settings": settings}
+            save(args.output / "checkpoint.pth", lambda file: torch.save(state, file))
+            save(args.output / "log.txt", lambda file: file.writelines(f"{json.dumps(entry)}\n".encode() for entry in history))
         log(f"{line}  ETA {clock((time.time() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1))}", flush=True)
 
 def main(argv=None):
