@@ -905,7 +905,7 @@ def run(args):
         if args.rank == 0:
             weights = average.state_dict()
             if "test_loss" in entry:
-                save(args.output / "curves.png", lambda file: draw_curves(history).savefig(file, format="png"))
+                save(args.output / "curves.png", lambda file: draw_curves(history).savefig(file, format="png", dpi=100))
                 sheet = draw_detections(val_data, predictions)
                 save(args.output / "detections.png", lambda file: sheet.save(file, "PNG", compress_level=4))
             if improved:        # for use: half the bytes
