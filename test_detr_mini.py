@@ -785,7 +785,7 @@ def quick_tiny(num_classes):
     return small(num_classes, norm=nn.BatchNorm2d)
 
 
-QUICK = {**train_voc.TINY, "size": 48, "max_size": 72, "epochs": 4, "warmup": 2, "evaluate_every": 1, "batch_size": 4, "lr": 3e-4, "ema": 0.5}
+QUICK = {**train_voc.TINY, "size": 48, "max_size": 72, "low": (0.25, 0.5), "epochs": 4, "warmup": 2, "evaluate_every": 1, "batch_size": 4, "lr": 3e-4, "ema": 0.5}
 
 
 @pytest.fixture
@@ -955,24 +955,26 @@ def test_wrong_arguments_are_explained(folder, tmp_path, quick, capsys, argument
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["TINY", "FINE_TUNE"])
+@pytest.mark.parametrize("recipe", [train_voc.TINY, train_voc.TINY | {"turn": True}, train_voc.FINE_TUNE])
 def test_augmentation_moves_boxes_with_their_pixels(recipe):
-    recipe = {**getattr(train_voc, recipe), "size": 120, "max_size": 200}
+    recipe = {**recipe, "size": 120, "max_size": 200}
     image = torch.zeros(3, 100, 150, dtype=torch.uint8)
     image[0, 30:60, 40:90] = 255
-    sizes, whole = set(), 0
+    sizes, whole, upright = set(), 0, 0
     for seed in range(60):
         out, boxes, labels = train_voc.augment(image, torch.tensor([[40.0, 30, 90, 60]]), torch.tensor([5]), recipe, random.Random(seed))
         sizes.add(tuple(out.shape[1:]))
         bright = (out[0] > 100).nonzero()
         if not len(boxes):
-            assert len(bright) < 0.05 * out[0].numel()
+            assert len(bright) < 0.12 * out[0].numel()
             continue
         (y0, x0), (y1, x1) = bright.min(0).values, bright.max(0).values + 1
         torch.testing.assert_close(boxes[0], torch.stack((x0, y0, x1, y1)).float(), atol=2.0, rtol=0)
         assert labels.tolist() == [5]
         whole += 1
+        upright += bool(y1 - y0 > 1.4 * (x1 - x0))
     assert whole > 40 and all(max(size) <= 200 for size in sizes)
+    assert upright > 12 if "turn" in recipe else upright < 5
     assert len(sizes) == 1 if recipe["zoom"] else len(sizes) > 5
 
 
@@ -988,6 +990,43 @@ def test_a_cut_object_counts_where_its_centre_is_seen(monkeypatch):
         assert len(boxes) == seen
         kept += len(boxes)
     assert 10 < kept < 50
+
+
+def test_small_objects_are_pasted_in_free_places(tmp_path):
+    """Onto grey, from an image where only one of four objects may be taken: it is small, and not at the edge or difficult."""
+    def write(name, image, *objects):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.xml").write_text(xml(objects, (200, 160)))
+    image = torch.full((3, 160, 200), 90, dtype=torch.uint8)
+    image[0, 100:112, 50:68] = 210
+    write("a", image, ("dot", (51, 101, 68, 112), False), ("blob", (91, 21, 190, 90), False), ("dot", (1, 1, 12, 12), False),
+          ("dot", (151, 121, 160, 130), True))
+    write("b", torch.full_like(image, 60), ("blob", (61, 46, 140, 115), False))
+    data = train_voc.VOC(sorted(tmp_path.glob("*.xml")), tmp_path, seed=0)
+    assert len(data.small) == 1
+    blob, dot = (torch.tensor([data.classes.index(name)]) for name in ("blob", "dot"))
+    for seed in range(40):
+        out, boxes, labels = data.paste(train_voc.decode(tmp_path / "b.png"), *data.record(1)[2:4], random.Random(seed))
+        assert torch.equal(labels, torch.cat((blob, dot))) and torchvision.ops.box_iou(boxes[:1], boxes[1:]) < 0.02
+        x0, y0, x1, y1 = boxes[1].int().tolist()
+        seen = (out[0] > 62).nonzero()
+        assert (x1 - x0, y1 - y0) == (18, 12)
+        assert seen.min(0).values.tolist() == [y0, x0] and seen.max(0).values.tolist() == [y1 - 1, x1 - 1]
+        centre = out[:, (y0 + y1) // 2, (x0 + x1) // 2].int()
+        assert (centre - torch.tensor([180, 60, 60])).abs().max() <= 20     # in the light of the place, 30 lower
+        assert (out[1:].int() - 60).abs().max() <= 1
+    y, x = torch.meshgrid(torch.arange(0, 160, 40), torch.arange(0, 200, 40), indexing="ij")
+    crowd = torch.stack((x, y, x + 40, y + 40), -1).flatten(0, 1).float()
+    out, boxes, labels = data.paste(train_voc.decode(tmp_path / "b.png"), crowd, blob.expand(len(crowd)), random.Random(0))
+    assert (out == 60).all() and len(boxes) == len(labels) == len(crowd)
+
+    recipe = train_voc.TINY | {"size": 48, "max_size": 60, "low": (0.25, 0.5), "zoom": (1, 1), "epochs": 4}
+    data = train_voc.VOC(sorted(tmp_path.glob("*.xml")), tmp_path, recipe=recipe, seed=0)
+    for epoch in range(4):
+        samples = [data[(epoch, index)] for index in (0, 1) for data.seed in range(20)]
+        counts = [len(target["labels"]) for _, target in samples]
+        assert {*counts[:20]} == {3} and {*counts[20:]} == {1} if epoch < 2 else {*counts[20:]} == {1, 2, 3}
+        assert any((image == 0).any() for image, _ in samples[20:]) == (epoch >= 2)       # turned, with black beside it
 
 
 @pytest.mark.parametrize("seed", [0, None])
@@ -1042,7 +1081,7 @@ def test_resume_continues_bit_for_bit(folder, tmp_path, quick, monkeypatch, caps
     assert logs[0] == logs[1] and [entry["epoch"] for entry in logs[0]] == [0, 1, 2, 3]
     assert len(logs[0][0]["test_coco_eval_bbox"]) == 12
     assert {"train_loss", "test_loss_ce", "test_class_error", "test_cardinality_error_unscaled", "n_parameters"} <= set(logs[0][0])
-    assert logs[0][3]["train_lr"] == pytest.approx(3e-5) and logs[0][2]["train_lr"] == pytest.approx(3e-4)      # the drop
+    assert [entry["train_lr"] for entry in logs[0]] == pytest.approx([3e-4, 3e-5, 3e-4, 3e-4])     # low in the second quarter
     assert Image.open(tmp_path / "a/curves.png").size == (1200, 900) and Image.open(tmp_path / "a/detections.png").size == (2400, 1200)
     best = load_detr(tmp_path / "a/best.pth")
     assert best.classes == ["green", "red"] and best.size == 48
@@ -1402,8 +1441,7 @@ def test_the_first_command_finds_the_cells(tmp_path):
         here = [(classes[r["category_id"]], r["bbox"]) for r in results if r["image_id"] == photo.stem]
         white = torch.tensor([(x, y, x + w, y + h) for name, (x, y, w, h) in here if name == "WBC"])
         assert len(white) == 1 and box_iou(white, torch.tensor([marked[photo.stem[-2:]]]).float()) > 0.5
-        assert 6 <= [name for name, _ in here].count("RBC") <= 40
-    assert [classes[r["category_id"]] for r in results].count("RBC") >= 8 * len(PHOTOS)
+        assert 8 <= [name for name, _ in here].count("RBC") <= 40
     assert len(PHOTOS) == 3 and (HERE / "assets/demo.pth").stat().st_size < 12e6
 
 

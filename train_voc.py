@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 from array import array
+from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,7 +42,7 @@ try:
 except ImportError:     # Windows
     resource = None
 
-from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_xyxy_to_cxcywh, build_detr,
+from detr_mini import (DETR, BasicBlock, FrozenBatchNorm2d, HungarianMatcher, ResNet, SetCriterion, box_iou, box_xyxy_to_cxcywh, build_detr,
                        fit, load_detr, normalize, pad_images, post_process, read_checkpoint, to_tensor)
 from infer import SUFFIXES, UNREADABLE, choose_device, draw, hush, save
 
@@ -50,14 +51,15 @@ COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike
               "sofa": "couch", "tvmonitor": "tv"}
 
 # What a run does unless told otherwise: fine-tuning as the paper trains (A.4), and the small detector that starts from nothing.
-# zoom: windows are enlarged by that; grow: the share of its size that a picture starts with, and between which shares of the run it
-# grows. eos_coef: the weight of "no object", and that of the second half of the epochs, where doubles are to go. ema: the weight
-# of the old in the running average of the weights, which is what is evaluated and kept. lr_backbone is a factor on lr; warmup
-# counts steps; evaluate_every counts epochs.
-FINE_TUNE = dict(size=800, max_size=1333, zoom=None, grow=None, eos_coef=(0.1, 0.1), ema=0, lr=1e-4, lr_backbone=0.1, batch_size=16,
-                 epochs=40, warmup=0, evaluate_every=1)
-TINY = dict(size=192, max_size=256, zoom=(0.9, 1.5), grow=(0.5, 0.3, 0.7), eos_coef=(0.1, 0.4), ema=0.996, lr=6e-4, lr_backbone=1.0,
-            batch_size=16, epochs=720, warmup=100, evaluate_every=10)
+# low: the shares of the run between which the rate is a tenth; if any of the run is left, pictures are harder from there on. zoom:
+# windows are enlarged by that; grow: the share of its size that a picture starts with, and between which shares of the run it grows.
+# eos_coef: the weight of "no object", a later one, under which doubles go, and the share of the run where that begins. ema: the
+# weight of the old in the running average of the weights, which is what is evaluated and kept. lr_backbone is a factor on lr;
+# warmup counts steps; evaluate_every counts epochs.
+FINE_TUNE = dict(size=800, max_size=1333, low=(0.75, 1), zoom=None, grow=None, eos_coef=(0.1, 0.1, 1), ema=0, lr=1e-4, lr_backbone=0.1,
+                 batch_size=16, epochs=40, warmup=0, evaluate_every=1)
+TINY = dict(size=192, max_size=256, low=(0.6, 0.8), zoom=(0.9, 1.5), grow=(0.5, 0.24, 0.56), eos_coef=(0.1, 0.4, 0.4), ema=0.996, lr=6e-4,
+            lr_backbone=1.0, batch_size=16, epochs=900, warmup=100, evaluate_every=10)
 
 # What a checkpoint needs for its run to be resumed, and the settings that hold on, with their types.
 RESUMED = {"optimizer": dict, "scaler": dict, "epoch": int, "best": float, "history": list, "classes": list, "settings": dict}
@@ -292,6 +294,11 @@ class VOC(Dataset):
         self.boxes, self.labels = clipped[keep], labels[names[keep]]
         self.difficult = difficult[keep]
         self.ends = [0, *torch.bincount(owner[keep], minlength=len(counts)).cumsum(0).tolist()]
+        # What `paste` may take: objects under a hundredth of their image, and whole, with a sixth of their size around them.
+        extent, around = self.boxes[:, 2:] - self.boxes[:, :2], self.sizes[owner[keep]].flip(1)     # (M, 2) x and y, each
+        whole = (self.boxes[:, :2] > extent / 6) & (self.boxes[:, 2:] + extent / 6 < around - 1)
+        small = (extent.prod(1) < 0.01 * around.prod(1)) & (extent.amin(1) > 6)
+        self.small = (small & whole.all(1) & ~self.difficult).nonzero()[:, 0]
         self.summary = f"{len(self.images)} images, {len(self.boxes)} objects"
         changed, dropped = int((clipped != boxes).any(1)[keep].sum()), int((~keep).sum())
         if changed or dropped:
@@ -310,21 +317,53 @@ class VOC(Dataset):
         so that a resumed run, and any number of workers, see the very same pictures."""
         epoch, index = key
         path, (h, w), boxes, labels, difficult = self.record(index)
-        try:
-            with Image.open(path) as picture:
-                image = to_tensor(picture)
-        except UNREADABLE as error:
-            raise ValueError(f"{path}: the image cannot be decoded ({error}): replace it, or take it out of the set") from error
+        image = decode(path)
         share = grown(self.recipe, epoch)
         size = {name: round(share * self.recipe[name]) for name in ("size", "max_size")}
         if self.seed is not None:
-            image, boxes, labels = augment(image, boxes[~difficult], labels[~difficult], self.recipe | size,
-                                           random.Random(f"{self.seed} {epoch} {index}"))
+            rng = random.Random(f"{self.seed} {epoch} {index}")
+            boxes, labels = boxes[~difficult], labels[~difficult]
+            harder = epoch / self.recipe["epochs"] >= self.recipe["low"][1]
+            for _ in range(rng.randrange(3) if harder and len(self.small) else 0):
+                image, boxes, labels = self.paste(image, boxes, labels, rng)
+            image, boxes, labels = augment(image, boxes, labels, self.recipe | size | {"turn": harder}, rng)
         else:
             image = T.resize(image, fit(h, w, **size), antialias=True)
             boxes = boxes * torch.tensor([image.shape[2] / w, image.shape[1] / h]).repeat(2)
         h, w = image.shape[1:]
         return image, {"labels": labels, "boxes": box_xyxy_to_cxcywh(boxes) / torch.tensor([w, h, w, h]), "index": index}
+
+    def paste(self, image, boxes, labels, rng):
+        """Put a small object of any image into a free place of this one, if one is soon found, and return image, boxes, labels.
+
+        Small objects are few and cover little, so they are shown in more places (Kisantal et al., arXiv 1902.07296). They take
+        on the light of the place, and fade out around. Free means that only what is some 50 times their size may lie there.
+        """
+        k = self.small[rng.randrange(len(self.small))].item()
+        x0, y0, x1, y1 = self.boxes[k].round().int().tolist()
+        w, h = x1 - x0, y1 - y0
+        dx, dy = w // 6, h // 6
+        patch = decode(self.images[bisect_right(self.ends, k) - 1])[:, y0 - dy:y1 + dy, x0 - dx:x1 + dx].float()
+        y, x = (torch.linspace(-4 / 3, 4 / 3, side) for side in patch.shape[1:])            # 1 where the box ends
+        opacity = ((4 / 3 - (y[:, None] ** 2 + x ** 2).sqrt()) * 3).clamp(0, 1)             # of an ellipse
+        for _ in range(8):
+            top, left = (rng.randint(0, max(0, image.shape[i] - patch.shape[i])) for i in (1, 2))
+            place = image[:, top:top + patch.shape[1], left:left + patch.shape[2]]
+            box = torch.tensor([[0.0, 0.0, w, h]]) + torch.tensor([left + dx, top + dy]).repeat(2)
+            if place.shape == patch.shape and (box_iou(box, boxes) < 0.02).all():
+                rim = opacity < 0.5
+                light = place[:, rim].float().mean(1) - patch[:, rim].mean(1)
+                place.copy_(torch.lerp(place.float(), patch + light[:, None, None], opacity).clamp(0, 255))
+                return image, torch.cat((boxes, box)), torch.cat((labels, self.labels[k:k + 1]))
+        return image, boxes, labels
+
+def decode(path):
+    """The image of a file, (3, h, w) uint8; ValueError where there is none in it."""
+    try:
+        with Image.open(path) as picture:
+            return to_tensor(picture)
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: the image cannot be decoded ({error}): replace it, or take it out of the set") from error
 
 def grown(recipe, epoch):
     """The share of their final size that pictures have in an epoch: small ones teach nearly as much, for less."""
@@ -337,7 +376,8 @@ def augment(image, boxes, labels, recipe, rng):
     """Cut a window out of the image, resize it, flip it (paper: A.4). image (3, H, W) uint8, boxes (M, 4) in pixels.
 
     The paper's way: the whole image, or half of the time a random crop, to a random scale. With a `zoom`, from scratch: an
-    enlarged window to one size, as small batches want no padding, with both flips and a change of light.
+    enlarged window to one size, as small batches want no padding, with both flips, a change of light and, to `turn`, rows
+    exchanged with columns.
     """
     height, width = image.shape[1:]
     size, max_size = recipe["size"], recipe["max_size"]
@@ -345,6 +385,9 @@ def augment(image, boxes, labels, recipe, rng):
         zoom = rng.uniform(*recipe["zoom"])
         h, w = round(height / zoom), round(width / zoom)
         out = fit(height, width, size, max_size)
+        if recipe.get("turn") and rng.random() < 0.5:
+            image, boxes = image.transpose(1, 2), boxes[:, [1, 0, 3, 2]]
+            height, width = width, height
     else:
         h, w = height, width
         if rng.random() < 0.5:
@@ -555,7 +598,7 @@ def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
     for step, batch in enumerate(loader):
         for group in optimizer.param_groups:
             warmup = min(1, (epoch * steps + step + 1) / max(1, args.warmup))
-            group["lr"] = group["base_lr"] * warmup * (0.1 if epoch >= int(0.75 * args.epochs) else 1)
+            group["lr"] = group["base_lr"] * warmup * (0.1 if args.low[0] <= epoch / args.epochs < args.low[1] else 1)
         images, mask, targets = to_device(*batch, args.device)
         parts = torch.arange(len(targets)).chunk(args.accumulate)
         for part in parts:
@@ -741,7 +784,8 @@ def arguments(argv):
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo (default: detr_resnet50), a checkpoint file, "
         "or tiny, a small detector trained from nothing")
     add("--new-head", action="store_true", help="forget the rows of the class head even of classes that the weights know")
-    add("--epochs", type=int, metavar="N", help="default 40, tiny 720; after three quarters the learning rate drops to a tenth")
+    add("--epochs", type=int, metavar="N", help="default 40, tiny 900; the learning rate is a tenth in the last quarter, "
+        "for tiny between 60 and 80 %% of them")
     add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default 16)")
     add("--accumulate", type=int, default=1, metavar="N", help="compute each step in N parts, where memory is short (default 1)")
     add("--lr", type=float, metavar="F", help="learning rate (default 1e-4, and a tenth of it for the backbone; tiny 6e-4 for all)")
@@ -868,7 +912,7 @@ def run(args):
     settings = {name: getattr(args, name) for name in SETTINGS}
     n_parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     log(f"{n_parameters / 1e6:.1f} M parameters to train, {args.batch_size} images a step, learning rate {args.lr:g}, "
-        f"backbone {args.lr * args.lr_backbone:g}, a tenth of that from epoch {int(0.75 * args.epochs) + 1}")
+        f"backbone {args.lr * args.lr_backbone:g}, a tenth of that from {args.low[0]:.0%} to {args.low[1]:.0%} of the epochs")
     average = model         # what is evaluated and kept
     if args.ema:
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
@@ -885,7 +929,7 @@ def run(args):
     began = time.time()
     for epoch in range(first, args.epochs):
         train_loader.batch_sampler.epoch = epoch
-        criterion.class_weight[-1] = args.eos_coef[epoch >= 0.5 * args.epochs]
+        criterion.class_weight[-1] = args.eos_coef[epoch / args.epochs >= args.eos_coef[2]]
         torch.manual_seed(hash((args.seed, epoch, args.rank)) % 2**32)      # dropout: the same whether resumed or not
         losses = train_one_epoch(parallel, criterion, optimizer, scaler, train_loader, epoch, args)
         if not math.isfinite(losses["loss"]):
