@@ -966,7 +966,7 @@ def test_augmentation_moves_boxes_with_their_pixels(recipe):
         sizes.add(tuple(out.shape[1:]))
         bright = (out[0] > 100).nonzero()
         if not len(boxes):
-            assert len(bright) < 0.12 * out[0].numel()
+            assert len(bright) < (0.12 if "turn" in recipe else 0.05) * out[0].numel()
             continue
         (y0, x0), (y1, x1) = bright.min(0).values, bright.max(0).values + 1
         torch.testing.assert_close(boxes[0], torch.stack((x0, y0, x1, y1)).float(), atol=2.0, rtol=0)
