@@ -594,11 +594,12 @@ def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
     model.train()
     criterion.train()
     averages, steps = Averages(criterion.weights), len(loader)
+    low = range(*(int(share * args.epochs) for share in args.low))
     progress = Progress(f"epoch {epoch + 1}/{args.epochs}", steps, args.batch_size)
     for step, batch in enumerate(loader):
         for group in optimizer.param_groups:
             warmup = min(1, (epoch * steps + step + 1) / max(1, args.warmup))
-            group["lr"] = group["base_lr"] * warmup * (0.1 if args.low[0] <= epoch / args.epochs < args.low[1] else 1)
+            group["lr"] = group["base_lr"] * warmup * (0.1 if epoch in low else 1)
         images, mask, targets = to_device(*batch, args.device)
         parts = torch.arange(len(targets)).chunk(args.accumulate)
         for part in parts:
