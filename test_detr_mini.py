@@ -785,7 +785,8 @@ def quick_tiny(num_classes):
     return small(num_classes, norm=nn.BatchNorm2d)
 
 
-QUICK = {**train_voc.TINY, "size": 48, "max_size": 72, "low": (0.25, 0.5), "epochs": 4, "warmup": 2, "evaluate_every": 1, "batch_size": 4, "lr": 3e-4, "ema": 0.5}
+QUICK = {**train_voc.TINY, "size": 48, "max_size": 72, "low": ((0.25, 0.5), (0.75, 1)), "harder": 0.5, "grow": (0.5, 0.3, 0.6),
+         "eos_coef": (0.1, 0.4, 0.5), "epochs": 4, "warmup": 2, "evaluate_every": 1, "batch_size": 4, "lr": 3e-4, "ema": 0.5}
 
 
 @pytest.fixture
@@ -1020,7 +1021,7 @@ def test_small_objects_are_pasted_in_free_places(tmp_path):
     out, boxes, labels = data.paste(train_voc.decode(tmp_path / "b.png"), crowd, blob.expand(len(crowd)), random.Random(0))
     assert (out == 60).all() and len(boxes) == len(labels) == len(crowd)
 
-    recipe = train_voc.TINY | {"size": 48, "max_size": 60, "low": (0.25, 0.5), "zoom": (1, 1), "epochs": 4}
+    recipe = train_voc.TINY | {"size": 48, "max_size": 60, "harder": 0.5, "zoom": (1, 1), "epochs": 4}
     data = train_voc.VOC(sorted(tmp_path.glob("*.xml")), tmp_path, recipe=recipe, seed=0)
     for epoch in range(4):
         samples = [data[(epoch, index)] for index in (0, 1) for data.seed in range(20)]
@@ -1081,7 +1082,7 @@ def test_resume_continues_bit_for_bit(folder, tmp_path, quick, monkeypatch, caps
     assert logs[0] == logs[1] and [entry["epoch"] for entry in logs[0]] == [0, 1, 2, 3]
     assert len(logs[0][0]["test_coco_eval_bbox"]) == 12
     assert {"train_loss", "test_loss_ce", "test_class_error", "test_cardinality_error_unscaled", "n_parameters"} <= set(logs[0][0])
-    assert [entry["train_lr"] for entry in logs[0]] == pytest.approx([3e-4, 3e-5, 3e-4, 3e-4])     # low in the second quarter
+    assert [entry["train_lr"] for entry in logs[0]] == pytest.approx([3e-4, 3e-5, 3e-4, 3e-5])     # low in the second and last quarter
     assert Image.open(tmp_path / "a/curves.png").size == (1200, 900) and Image.open(tmp_path / "a/detections.png").size == (2400, 1200)
     best = load_detr(tmp_path / "a/best.pth")
     assert best.classes == ["green", "red"] and best.size == 48

@@ -51,15 +51,15 @@ COCO_NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike
               "sofa": "couch", "tvmonitor": "tv"}
 
 # What a run does unless told otherwise: fine-tuning as the paper trains (A.4), and the small detector that starts from nothing.
-# low: the shares of the run between which the rate is a tenth; if any of the run is left, pictures are harder from there on. zoom:
-# windows are enlarged by that; grow: the share of its size that a picture starts with, and between which shares of the run it grows.
+# low: the shares of the run between which the rate is a tenth. zoom: windows are enlarged by that; harder: the share from which
+# pictures are harder; grow: the share of its size that a picture starts with, and between which shares of the run it grows.
 # eos_coef: the weight of "no object", a later one, under which doubles go, and the share of the run where that begins. ema: the
 # weight of the old in the running average of the weights, which is what is evaluated and kept. lr_backbone is a factor on lr;
 # warmup counts steps; evaluate_every counts epochs.
-FINE_TUNE = dict(size=800, max_size=1333, low=(0.75, 1), zoom=None, grow=None, eos_coef=(0.1, 0.1, 1), ema=0, lr=1e-4, lr_backbone=0.1,
-                 batch_size=16, epochs=40, warmup=0, evaluate_every=1)
-TINY = dict(size=192, max_size=256, low=(0.6, 0.8), zoom=(0.9, 1.5), grow=(0.5, 0.24, 0.56), eos_coef=(0.1, 0.4, 0.4), ema=0.996, lr=6e-4,
-            lr_backbone=1.0, batch_size=16, epochs=900, warmup=100, evaluate_every=10)
+FINE_TUNE = dict(size=800, max_size=1333, low=((0.75, 1),), zoom=None, harder=1, grow=None, eos_coef=(0.1, 0.1, 1), ema=0, lr=1e-4,
+                 lr_backbone=0.1, batch_size=16, epochs=40, warmup=0, evaluate_every=1)
+TINY = dict(size=192, max_size=256, low=((0.45, 0.6), (0.75, 0.775)), zoom=(0.9, 1.5), harder=0.6, grow=(0.5, 0.18, 0.42),
+            eos_coef=(0.1, 0.4, 0.3), ema=0.996, lr=6e-4, lr_backbone=1.0, batch_size=16, epochs=1200, warmup=100, evaluate_every=10)
 
 # What a checkpoint needs for its run to be resumed, and the settings that hold on, with their types.
 RESUMED = {"optimizer": dict, "scaler": dict, "epoch": int, "best": float, "history": list, "classes": list, "settings": dict}
@@ -323,7 +323,7 @@ class VOC(Dataset):
         if self.seed is not None:
             rng = random.Random(f"{self.seed} {epoch} {index}")
             boxes, labels = boxes[~difficult], labels[~difficult]
-            harder = epoch / self.recipe["epochs"] >= self.recipe["low"][1]
+            harder = epoch / self.recipe["epochs"] >= self.recipe["harder"]
             for _ in range(rng.randrange(3) if harder and len(self.small) else 0):
                 image, boxes, labels = self.paste(image, boxes, labels, rng)
             image, boxes, labels = augment(image, boxes, labels, self.recipe | size | {"turn": harder}, rng)
@@ -594,12 +594,11 @@ def train_one_epoch(model, criterion, optimizer, scaler, loader, epoch, args):
     model.train()
     criterion.train()
     averages, steps = Averages(criterion.weights), len(loader)
-    low = range(*(int(share * args.epochs) for share in args.low))
     progress = Progress(f"epoch {epoch + 1}/{args.epochs}", steps, args.batch_size)
     for step, batch in enumerate(loader):
         for group in optimizer.param_groups:
             warmup = min(1, (epoch * steps + step + 1) / max(1, args.warmup))
-            group["lr"] = group["base_lr"] * warmup * (0.1 if epoch in low else 1)
+            group["lr"] = group["base_lr"] * warmup * (0.1 if any(epoch in low for low in args.low) else 1)
         images, mask, targets = to_device(*batch, args.device)
         parts = torch.arange(len(targets)).chunk(args.accumulate)
         for part in parts:
@@ -785,8 +784,8 @@ def arguments(argv):
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo (default: detr_resnet50), a checkpoint file, "
         "or tiny, a small detector trained from nothing")
     add("--new-head", action="store_true", help="forget the rows of the class head even of classes that the weights know")
-    add("--epochs", type=int, metavar="N", help="default 40, tiny 900; the learning rate is a tenth in the last quarter, "
-        "for tiny between 60 and 80 %% of them")
+    add("--epochs", type=int, metavar="N", help="default 40, tiny 1200; the learning rate is a tenth in the last quarter, "
+        "for tiny from 45 to 60 and from 75 to 77.5 %% of them")
     add("--batch-size", type=int, metavar="N", help="images a step, over all processes (default 16)")
     add("--accumulate", type=int, default=1, metavar="N", help="compute each step in N parts, where memory is short (default 1)")
     add("--lr", type=float, metavar="F", help="learning rate (default 1e-4, and a tenth of it for the backbone; tiny 6e-4 for all)")
@@ -832,6 +831,7 @@ def settle(args):
     for name, value in {**recipe, "seed": 0, **settings}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    args.low = [range(int(begin * args.epochs), int(end * args.epochs)) for begin, end in args.low]
     recipe |= {"epochs": args.epochs, "grow": recipe["grow"] if not args.eval and not args.benchmark else None}
     if args.classes:
         args.classes = args.classes.split(",")
@@ -913,7 +913,8 @@ def run(args):
     settings = {name: getattr(args, name) for name in SETTINGS}
     n_parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     log(f"{n_parameters / 1e6:.1f} M parameters to train, {args.batch_size} images a step, learning rate {args.lr:g}, "
-        f"backbone {args.lr * args.lr_backbone:g}, a tenth of that from {args.low[0]:.0%} to {args.low[1]:.0%} of the epochs")
+        f"backbone {args.lr * args.lr_backbone:g}, a tenth of that in epochs "
+        + (", ".join(f"{low[0] + 1} to {low[-1] + 1}" for low in args.low if low) or "none"))
     average = model         # what is evaluated and kept
     if args.ema:
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
