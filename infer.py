@@ -233,7 +233,8 @@ def arguments(argv):
     parser.add_argument("--threshold", type=float, default=0.7, metavar="P", help="lowest score to report, 0 to 1 (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("detections"), metavar="DIR", help="where the pictures go (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all detections in COCO's results format, too")
-    parser.add_argument("--attention", action="store_true", help="show where each detection's query looked, beside the boxes")
+    parser.add_argument("--attention", action="store_true", help="show where each detection's query looked, beside the boxes: "
+                        "the mean of the decoder's layers and heads")
     parser.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default)")
     parser.add_argument("--benchmark", action="store_true", help="time the model (default: detr_resnet50) on this device "
                         "instead, and a training step, side by side with transformers' where that is installed; nothing is fetched")
@@ -251,8 +252,9 @@ def run(args):
         raise ValueError(f"--out {args.out} is a file: name a folder")
     sources = find_images(args.images or sorted((Path(__file__).parent / "assets").glob("*.jpg")))
     model = load_detr(args.weights or ("detr_resnet50" if args.images else "demo"), device=device)
-    cross_attention = model.transformer.decoder.layers[-1].multihead_attn
-    cross_attention.keep_weights = args.attention
+    cross_attentions = [layer.multihead_attn for layer in model.transformer.decoder.layers]
+    for layer in cross_attentions:
+        layer.keep_weights = args.attention
 
     results, failures, names = [], 0, set()
     for source in sources:
@@ -272,7 +274,8 @@ def run(args):
         image = draw(picture, found)
         if args.attention and found["names"]:
             cells = (-(-side // model.backbone[0].body.stride) for side in fit(picture.height, picture.width, model.size, model.max_size))
-            look = cross_attention.weights.mean(1)[0, found["queries"]].unflatten(1, tuple(cells)).cpu()   # (n, H', W')
+            weights = torch.cat([layer.weights for layer in cross_attentions], 1)       # (1, layers and their heads, N, S)
+            look = weights.mean(1)[0, found["queries"]].unflatten(1, tuple(cells)).cpu()                   # (n, H', W')
             image = draw_attention(picture, image, found, look)
         stem = Path(source.split("?")[0]).stem
         while stem in names:

@@ -1360,12 +1360,23 @@ def test_thin_and_big_pictures(tmp_path, weights):
     assert all((tmp_path / f"seen/{name}.png").exists() for name in sizes)
 
 
-def test_attention_beside_the_boxes(tmp_path, weights):
+def test_attention_beside_the_boxes(tmp_path, weights, monkeypatch):
     Image.effect_noise((120, 80), 90).save(tmp_path / "a.png")
     assert see(tmp_path, weights, tmp_path / "a.png") == 0
-    plain = Image.open(tmp_path / "seen/a.png").size
+    plain, drawn = Image.open(tmp_path / "seen/a.png").size, []
+    monkeypatch.setattr(infer, "draw_attention", lambda *given, draw=infer.draw_attention: drawn.append(given) or draw(*given))
     assert see(tmp_path, weights, tmp_path / "a.png", "--attention") == 0
     assert Image.open(tmp_path / "seen/a.png").size == (2 * plain[0], plain[1])
+
+    model = load_detr(weights)
+    layers = [layer.multihead_attn for layer in model.transformer.decoder.layers]
+    for layer in layers:
+        layer.keep_weights = True
+    [found] = detect(model, Image.open(tmp_path / "a.png"), 0.0)
+    means = [layer.weights[0, :, found["queries"]].mean(0) for layer in layers]
+    assert len(layers) > 1 and not torch.allclose(means[0], means[-1], atol=1e-5)
+    [(_, _, _, look)] = drawn
+    close(look.flatten(1), sum(means) / len(means), atol=1e-6)
 
 
 def test_benchmark_beside_transformers(weights, capsys, monkeypatch):
