@@ -22,7 +22,7 @@ import urllib.request
 import xml.etree.ElementTree as ElementTree
 from array import array
 from bisect import bisect_right
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -294,11 +294,6 @@ class VOC(Dataset):
         self.boxes, self.labels = clipped[keep], labels[names[keep]]
         self.difficult = difficult[keep]
         self.ends = [0, *torch.bincount(owner[keep], minlength=len(counts)).cumsum(0).tolist()]
-        # What `paste` may take: objects under a hundredth of their image, and whole, with a sixth of their size around them.
-        extent, around = self.boxes[:, 2:] - self.boxes[:, :2], self.sizes[owner[keep]].flip(1)     # (M, 2) x and y, each
-        whole = (self.boxes[:, :2] > extent / 6) & (self.boxes[:, 2:] + extent / 6 < around - 1)
-        small = (extent.prod(1) < 0.01 * around.prod(1)) & (extent.amin(1) > 6)
-        self.small = (small & whole.all(1) & ~self.difficult).nonzero()[:, 0]
         self.summary = f"{len(self.images)} images, {len(self.boxes)} objects"
         changed, dropped = int((clipped != boxes).any(1)[keep].sum()), int((~keep).sum())
         if changed or dropped:
@@ -326,12 +321,21 @@ class VOC(Dataset):
             harder = epoch / self.recipe["epochs"] >= self.recipe["harder"]
             for _ in range(rng.randrange(3) if harder and len(self.small) else 0):
                 image, boxes, labels = self.paste(image, boxes, labels, rng)
-            image, boxes, labels = augment(image, boxes, labels, self.recipe | size | {"turn": harder}, rng)
+            image, boxes, labels = augment(image, boxes, labels, self.recipe | size, rng, turn=harder)
         else:
             image = T.resize(image, fit(h, w, **size), antialias=True)
             boxes = boxes * torch.tensor([image.shape[2] / w, image.shape[1] / h]).repeat(2)
         h, w = image.shape[1:]
         return image, {"labels": labels, "boxes": box_xyxy_to_cxcywh(boxes) / torch.tensor([w, h, w, h]), "index": index}
+
+    @cached_property
+    def small(self):
+        """The objects that `paste` may take: under a hundredth of their image, and whole, with a sixth of their size around them."""
+        extent = self.boxes[:, 2:] - self.boxes[:, :2]                                          # (M, 2) width, height
+        around = self.sizes.repeat_interleave(torch.tensor(self.ends).diff(), 0).flip(1)        # those of their images
+        whole = (self.boxes[:, :2] > extent / 6) & (self.boxes[:, 2:] + extent / 6 < around - 1)
+        small = (extent.prod(1) < 0.01 * around.prod(1)) & (extent.amin(1) > 6)
+        return (small & whole.all(1) & ~self.difficult).nonzero()[:, 0]
 
     def paste(self, image, boxes, labels, rng):
         """Put a small object of any image into a free place of this one, if one is soon found, and return image, boxes, labels.
@@ -372,12 +376,12 @@ def grown(recipe, epoch):
     first, begin, end = recipe["grow"]
     return first + (1 - first) * min(1, max(0, ((epoch + 1) / recipe["epochs"] - begin) / (end - begin)))
 
-def augment(image, boxes, labels, recipe, rng):
+def augment(image, boxes, labels, recipe, rng, turn=False):
     """Cut a window out of the image, resize it, flip it (paper: A.4). image (3, H, W) uint8, boxes (M, 4) in pixels.
 
     The paper's way: the whole image, or half of the time a random crop, to a random scale. With a `zoom`, from scratch: an
     enlarged window to one size, as small batches want no padding, with both flips, a change of light and, to `turn`, rows
-    exchanged with columns.
+    exchanged with columns half of the time.
     """
     height, width = image.shape[1:]
     size, max_size = recipe["size"], recipe["max_size"]
@@ -385,7 +389,7 @@ def augment(image, boxes, labels, recipe, rng):
         zoom = rng.uniform(*recipe["zoom"])
         h, w = round(height / zoom), round(width / zoom)
         out = fit(height, width, size, max_size)
-        if recipe.get("turn") and rng.random() < 0.5:
+        if turn and rng.random() < 0.5:
             image, boxes = image.transpose(1, 2), boxes[:, [1, 0, 3, 2]]
             height, width = width, height
     else:
