@@ -9,8 +9,7 @@ Five decisions that a reader needs to know:
 - Boxes are (cx, cy, w, h) in [0, 1] of the image, without its padding.
 
 Shapes stand in comments: B images, N queries, L decoder layers, M objects, K classes,
-S = H'W' memory tokens (cells of the feature map), d model width.
-"""
+S = H'W' memory tokens (cells of the feature map), d model width."""
 import argparse
 import math
 import pathlib
@@ -20,7 +19,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 __all__ = (
     "box_cxcywh_to_xyxy box_xyxy_to_cxcywh box_iou generalized_box_iou FrozenBatchNorm2d "
@@ -29,7 +27,6 @@ __all__ = (
     "to_tensor detect read_checkpoint load_detr").split()
 
 # ---- 1. Boxes ------------------------------------------------------------------------------------
-
 def box_cxcywh_to_xyxy(boxes):
     """Centre and size to corners, (..., 4) to (..., 4), in any unit."""
     cx, cy, w, h = boxes.unbind(-1)
@@ -50,64 +47,49 @@ def _areas(boxes1, boxes2):
     return intersection, area1 + area2 - intersection, outer.prod(-1)
 
 def box_iou(boxes1, boxes2):
-    """Intersection over union of every pair of x0 y0 x1 y1 boxes: (..., N, 4), (..., M, 4) to
-    (..., N, M) in [0, 1]."""
+    """IoU of every pair of x0 y0 x1 y1 boxes: (..., N, 4), (..., M, 4) to (..., N, M) in [0, 1]."""
     intersection, union, _ = _areas(boxes1, boxes2)
     return intersection / union
 
 def generalized_box_iou(boxes1, boxes2):
-    """GIoU of every pair, shapes as in `box_iou`, in [-1, 1] (paper: A.2). The IoU of boxes apart
-    is 0, and so is its gradient. GIoU subtracts the share of the smallest box around both that
-    neither fills, so boxes apart still know which way to move."""
+    """GIoU of every pair, shapes as in `box_iou`, in [-1, 1] (paper: A.2): IoU minus the share of
+    the smallest box around both that neither fills. Boxes apart still have a gradient."""
     intersection, union, around = _areas(boxes1, boxes2)
     return intersection / union - (around - union) / around
 
 # ---- 2. Backbone (3.2) ---------------------------------------------------------------------------
-
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with constant statistics, (B, C, H, W) to (B, C, H, W): batches of a few images
     are too small to estimate them (paper: A.4). Loads what `nn.BatchNorm2d` saved."""
     eps = 1e-5
-
     def __init__(self, channels):
         super().__init__()
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
+        for name, value in dict(weight=1.0, bias=0.0, running_mean=0.0, running_var=1.0).items():
+            self.register_buffer(name, torch.full((channels,), value))
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
     def forward(self, x):
-        scale, shift = scale_and_shift(self)
-        return x * scale[:, None, None] + shift[:, None, None]
-
-def scale_and_shift(norm):
-    """With constant statistics, batch norm is x * scale + shift: (C,), (C,)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
 
 def conv_norm(x, conv, norm):
     """`norm(conv(x))`, a constant norm folded into the weight: one pass over x instead of two."""
     if isinstance(norm, nn.BatchNorm2d) and norm.training:
         return norm(conv(x))
-    scale, shift = scale_and_shift(norm)
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()     # (C,)
+    shift = norm.bias - norm.running_mean * scale                   # (C,)
     weight = conv.weight * scale[:, None, None, None]
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
 
 class BasicBlock(nn.Module):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
     expansion = 1
-
     def __init__(self, inplanes, planes, stride, dilation, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation, bias=False)
         self.bn1 = norm(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, dilation, dilation, bias=False)
         self.bn2 = norm(planes)
-
     def forward(self, x):
         shortcut = conv_norm(x, *self.downsample) if hasattr(self, "downsample") else x
         x = conv_norm(x, self.conv1, self.bn1).relu_()
@@ -116,7 +98,6 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """The residual block of ResNet-50 and 101: 1x1 down, 3x3, 1x1 up to four times the width."""
     expansion = 4
-
     def __init__(self, inplanes, planes, stride, dilation, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
@@ -125,7 +106,6 @@ class Bottleneck(nn.Module):
         self.bn2 = norm(planes)
         self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
         self.bn3 = norm(4 * planes)
-
     def forward(self, x):
         shortcut = conv_norm(x, *self.downsample) if hasattr(self, "downsample") else x
         x = conv_norm(x, self.conv1, self.bn1).relu_()
@@ -133,46 +113,36 @@ class Bottleneck(nn.Module):
         return conv_norm(x, self.conv3, self.bn3).add_(shortcut).relu_()
 
 class ResNet(nn.Module):
-    """The backbone: images (B, 3, H, W) to features (B, num_channels, H/stride, W/stride), sizes
-    rounded up.
-
-    `layers` counts the blocks of each stage, four stages for stride 32, three for stride 16; each
-    stage doubles the width. `dilation=True` (DC5) dilates the last stage instead of striding it.
-    With the frozen norm, for pre-trained weights, stem and first stage are not trained (paper:
-    A.4). To train from scratch take `norm=nn.BatchNorm2d`: its weights have the same names.
-    """
+    """Images (B, 3, H, W) to features (B, num_channels, H/stride, W/stride), sizes rounded up.
+    `layers` counts the blocks of each stage: four stages for stride 32, three for 16. `dilation`
+    (DC5) replaces the last one's stride. With the frozen norm, for pre-trained weights, stem and
+    first stage are not trained (A.4); to train from scratch take `norm=nn.BatchNorm2d`."""
     def __init__(self, block, layers, width=64, dilation=False, norm=FrozenBatchNorm2d):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
-        self.stride = 4
-        self.num_channels = width
-        self.dilation = dilation
+        self.stride, self.num_channels, self.dilation = 4, width, dilation
         self.stages = [f"layer{i + 1}" for i in range(len(layers))]
         for i, (stage, depth) in enumerate(zip(self.stages, layers)):
             dilate = dilation and stage == self.stages[-1]
-            stride = 1 if i == 0 or dilate else 2
-            inplanes, planes = self.num_channels, width * 2**i
-            self.stride *= stride
-            self.num_channels = planes * block.expansion
+            stride, planes = 1 if i == 0 or dilate else 2, width * 2**i
+            inplanes, outplanes = self.num_channels, planes * block.expansion
             blocks = [block(inplanes, planes, stride, 1, norm)]
-            if stride != 1 or inplanes != self.num_channels:
-                conv = nn.Conv2d(inplanes, self.num_channels, 1, stride, bias=False)
-                blocks[0].downsample = nn.Sequential(conv, norm(self.num_channels))
+            if stride != 1 or inplanes != outplanes:
+                conv = nn.Conv2d(inplanes, outplanes, 1, stride, bias=False)
+                blocks[0].downsample = nn.Sequential(conv, norm(outplanes))
             for _ in range(depth - 1):
-                blocks.append(block(self.num_channels, planes, 1, 2 if dilate else 1, norm))
+                blocks.append(block(outplanes, planes, 1, 2 if dilate else 1, norm))
             self.add_module(stage, nn.Sequential(*blocks))
+            self.stride, self.num_channels = self.stride * stride, outplanes
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if norm is FrozenBatchNorm2d:
-            self.conv1.requires_grad_(False)
-            self.layer1.requires_grad_(False)
-
+            nn.Sequential(self.conv1, self.layer1).requires_grad_(False)
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
-        x = conv_norm(x, self.conv1, self.bn1).relu_()
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = F.max_pool2d(conv_norm(x, self.conv1, self.bn1).relu_(), 3, stride=2, padding=1)
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return x
@@ -184,51 +154,37 @@ RESNETS = {
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
 
-
 # ---- 3. Positions (A.4) --------------------------------------------------------------------------
-
 class PositionEmbeddingSine(nn.Module):
-    """Where a cell is: sines and cosines of its row (first half of the channels) and its column.
-
-    Both are counted from 1 over real pixels only, so padding moves nothing, and scaled to
-    (0, 2 pi], so the same code means the same relative place in an image of any size.
-    """
+    """Where a cell is: sines and cosines of its row (first half of the channels) and its column,
+    counted over real pixels only, and scaled to (0, 2 pi]: a place relative to the image's size."""
     def __init__(self, channels_per_axis=128, temperature=10000):
         super().__init__()
-        self.channels_per_axis = channels_per_axis
-        self.temperature = temperature
-
+        self.channels_per_axis, self.temperature = channels_per_axis, temperature
     def forward(self, real, dtype=torch.float32):
         """real (B, H', W') bool, False on padding, to (B, S, 2 * channels_per_axis)."""
-        rows, columns = real.cumsum(1, dtype=dtype), real.cumsum(2, dtype=dtype)
-        rows = rows / (rows[:, -1:] + 1e-6) * 2 * math.pi           # (B, H', W')
+        rows, columns = real.cumsum(1, dtype=dtype), real.cumsum(2, dtype=dtype)    # (B, H', W')
+        rows = rows / (rows[:, -1:] + 1e-6) * 2 * math.pi
         columns = columns / (columns[:, :, -1:] + 1e-6) * 2 * math.pi
-        i = torch.arange(self.channels_per_axis, device=real.device) // 2
-        wavelengths = self.temperature ** (2 * i.to(dtype) / self.channels_per_axis)
+        i = torch.arange(self.channels_per_axis, device=real.device).to(dtype) // 2
+        wavelengths = self.temperature ** (2 * i / self.channels_per_axis)
         angles = torch.stack((rows, columns), 3)[..., None] / wavelengths   # (B, H', W', 2, d/2)
         waves = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=5)
         return waves.flatten(3).flatten(1, 2)                       # (B, S, d)
 
-
 # ---- 4. Attention and transformer (A.1, A.3) -----------------------------------------------------
-
 class MultiheadAttention(nn.Module):
-    """softmax(q k^T / sqrt(d/heads)) v in every head, between one projection in and one out
-    (paper: A.1).
-
-    With `keep_weights` set, `weights` holds the attention of the last call, (B, heads, N, S).
-    """
+    """softmax(q k^T / sqrt(d/heads)) v in every head, between one projection in and one out (paper:
+    A.1). With `keep_weights` set, `weights` (B, heads, N, S) holds the last call's attention."""
     def __init__(self, d, heads, dropout=0.0):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
         self.keep_weights = False
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * d, d))   # of q, k and v
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * d, d)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
         self.out_proj = nn.Linear(d, d)
-        nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
-
     def forward(self, q, k, v, attend=None):
         """q (B, N, d), k and v (B, S, d), attend (B, 1, 1, S) bool or None, to (B, N, d)."""
         projections = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
@@ -246,7 +202,8 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 class TransformerEncoderLayer(nn.Module):
-    """Self-attention among the cells, then a feed-forward network for each (paper: A.3)."""
+    """Self-attention among the cells, then a feed-forward network for each (paper: A.3). Dropout
+    stands before ReLU, as the two commute: one activation less is kept for the backward pass."""
     def __init__(self, d, heads, dim_feedforward, dropout):
         super().__init__()
         self.self_attn = MultiheadAttention(d, heads, dropout)
@@ -255,27 +212,20 @@ class TransformerEncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(d)
         self.norm2 = nn.LayerNorm(d)
         self.dropout = nn.Dropout(dropout)
-
     def feed_forward(self, x):
-        # Dropout and ReLU commute; this order keeps one activation less for the backward pass.
         return self.dropout(self.linear2(self.dropout(self.linear1(x)).relu_()))
-
     def forward(self, x, pos, attend):
         q = k = x + pos                                             # (B, S, d)
         x = self.norm1(x + self.dropout(self.self_attn(q, k, x, attend)))
         return self.norm2(x + self.feed_forward(x))
 
 class TransformerDecoderLayer(TransformerEncoderLayer):
-    """Self-attention among the queries, cross-attention to the memory, a feed-forward network.
-
-    The learned queries are added like positions: to q and k of the self-attention, and to q of
-    the cross-attention (paper: A.3).
-    """
+    """Self-attention among the queries, cross-attention to the memory, a feed-forward network. The
+    learned queries are added like positions: to q and k, and to q of the cross-attention (A.3)."""
     def __init__(self, d, heads, dim_feedforward, dropout):
         super().__init__(d, heads, dim_feedforward, dropout)
         self.multihead_attn = MultiheadAttention(d, heads, dropout)
         self.norm3 = nn.LayerNorm(d)
-
     def forward(self, x, queries, memory, memory_pos, attend):
         q = k = x + queries                                         # (B, N, d)
         x = self.norm1(x + self.dropout(self.self_attn(q, k, x)))
@@ -295,7 +245,6 @@ class Transformer(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-
     def forward(self, memory, pos, attend, queries, every_layer=True):
         """memory (B, S, d), pos (B or 1, S, d), attend (B, 1, 1, S) bool or None, queries (N, d)
         to (L, B, N, d); or to (1, B, N, d), the last layer alone, without `every_layer`."""
@@ -303,23 +252,19 @@ class Transformer(nn.Module):
             memory = layer(memory, pos, attend)
         memory_pos = memory + pos
         queries = queries.expand(len(memory), -1, -1)               # (B, N, d)
-        x = torch.zeros_like(queries)
-        outputs = []
+        x, outputs = torch.zeros_like(queries), []
         for layer in self.decoder.layers:
             x = layer(x, queries, memory, memory_pos, attend)
             outputs.append(x)
         return self.decoder.norm(torch.stack(outputs if every_layer else outputs[-1:]))
 
-
 # ---- 5. DETR (3.2) -------------------------------------------------------------------------------
-
 class MLP(nn.Module):
     """Linear layers with ReLU between them."""
     def __init__(self, input_dim, hidden_dim, output_dim, num_layers):
         super().__init__()
         dims = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
         self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in zip(dims, dims[1:]))
-
     def forward(self, x):
         for layer in self.layers[:-1]:
             x = layer(x).relu()
@@ -329,34 +274,24 @@ def pad_images(images):
     """Images (3, h, w) of any sizes to one batch (B, 3, H, W), zeros right and below, and its mask
     (B, H, W) bool, True on padding; or None if nothing is padded."""
     height, width = (max(image.shape[i] for image in images) for i in (1, 2))
-    if all(image.shape[1:] == (height, width) for image in images):
-        return torch.stack(tuple(images)), None
-    batch = images[0].new_zeros(len(images), 3, height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
-    for b, (_, h, w) in enumerate(image.shape for image in images):
-        batch[b, :, :h, :w] = images[b]
-        mask[b, :h, :w] = False
-    return batch, mask
+    pads = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
+    batch = torch.stack([F.pad(image, pad) for image, pad in zip(images, pads)])
+    mask = torch.stack([F.pad(torch.zeros_like(image[0], dtype=torch.bool), pad, value=True)
+                        for image, pad in zip(images, pads)])
+    return batch, mask if any(map(any, pads)) else None
 
 class DETR(nn.Module):
-    """The detector (paper: 3.2, Fig. 2): a set of N boxes in one pass, without anchors or
-    non-maximum suppression.
-
-    `num_classes` counts object classes; "no object" is one more, the last. `backbone` is a name
-    (resnet18, 34, 50 or 101) or a `ResNet`, which brings its own dilation. With `aux_loss` every
-    decoder layer predicts (A.2). The defaults are those of the published COCO model. Raises
-    ValueError for a `hidden_dim` that is no multiple of `nheads` and of 4.
-    """
+    """The detector (paper: 3.2, Fig. 2). `num_classes` counts object classes; "no object" is one
+    more, the last. `backbone` is a name of `RESNETS`, or a `ResNet`, which brings its own dilation.
+    With `aux_loss` every decoder layer predicts (A.2). `nheads` and 4 divide `hidden_dim`."""
     def __init__(self, num_classes=91, backbone="resnet50", dilation=False, hidden_dim=256,
                  nheads=8, enc_layers=6, dec_layers=6, dim_feedforward=2048, num_queries=100,
                  dropout=0.1, aux_loss=False):
         super().__init__()
         if isinstance(backbone, str):
             backbone = ResNet(*RESNETS[backbone], dilation=dilation)
-        if hidden_dim % 4 or hidden_dim % nheads:
-            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of 4 and nheads {nheads}")
-        positions = PositionEmbeddingSine(hidden_dim // 2)
-        self.backbone = nn.ModuleList([nn.ModuleDict({"body": backbone}), positions])
+        self.backbone = nn.ModuleList(
+            [nn.ModuleDict({"body": backbone}), PositionEmbeddingSine(hidden_dim // 2)])
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, 1)
         self.transformer = Transformer(
             hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout)
@@ -366,141 +301,109 @@ class DETR(nn.Module):
         self.aux_loss = aux_loss
         self.classes = [f"class {label}" for label in range(num_classes)]
         self.size, self.max_size = 800, 1333    # pixels that `detect` resizes to, see `fit`
-
     def forward(self, images, mask=None):
-        """Images to a set of predictions, float32 (float64 of a float64 model).
-
-        images: (B, 3, H, W) normalised floats, with mask (B, H, W) bool, True on padding, or None
-        if nothing is padded; or a list of (3, h, w), which is padded here. Returns `pred_logits`
-        (B, N, K + 1), `pred_boxes` (B, N, 4), cx, cy, w, h in [0, 1] of each image without its
-        padding, and with `aux_loss` `aux_outputs`, a list of such dicts of the earlier layers.
-        """
+        """images (B, 3, H, W), normalised floats, with mask (B, H, W) bool, True on padding, or
+        None; or a list of (3, h, w), which is padded here. Returns `pred_logits` (B, N, K + 1),
+        `pred_boxes` (B, N, 4), cx, cy, w, h in [0, 1] of each image without its padding, and with
+        `aux_loss` `aux_outputs`, a list of such dicts of the earlier layers."""
         if isinstance(images, (list, tuple)):
             images, mask = pad_images(images)
         features = self.backbone[0].body(images)                    # (B, C, H', W')
-        size = features.shape[-2:]
-        real = torch.ones(1, *size, dtype=torch.bool, device=features.device)
+        real = torch.ones_like(features[:1, 0], dtype=torch.bool)   # (1, H', W'), False on padding
         attend = None
         if mask is not None:
-            real = ~F.interpolate(mask[None].float(), size=size)[0].bool()      # (B, H', W')
+            real = ~F.interpolate(mask[None].float(), real.shape[1:])[0].bool()     # (B, H', W')
             attend = real.flatten(1)[:, None, None]                 # (B, 1, 1, S)
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        pos = self.backbone[1](real, dtype)                         # (B or 1, S, d)
+        full = torch.promote_types(features.dtype, torch.float32)   # under autocast, too
+        pos = self.backbone[1](real, full)                          # (B or 1, S, d)
         memory = self.input_proj(features).flatten(2).transpose(1, 2)           # (B, S, d)
         queries = self.query_embed.weight                           # (N, d)
         x = self.transformer(memory, pos, attend, queries, self.aux_loss)       # (L, B, N, d)
-        logits = self.class_embed(x).to(dtype)                      # (L, B, N, K + 1)
-        boxes = self.bbox_embed(x).to(dtype).sigmoid()              # (L, B, N, 4)
-        layers = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes)]
-        return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
+        logits = self.class_embed(x).to(full)                       # (L, B, N, K + 1)
+        boxes = self.bbox_embed(x).to(full).sigmoid()               # (L, B, N, 4)
+        *earlier, last = ({"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes))
+        return {**last, "aux_outputs": earlier} if self.aux_loss else last
 
 # ---- 6. Matching (3.1, Eq. 1) --------------------------------------------------------------------
-
 class HungarianMatcher:
     """The cheapest one-to-one assignment of queries to objects (paper: 3.1, Eq. 1)."""
     def __init__(self, cost_class=1, cost_bbox=5, cost_giou=2):
-        self.cost_class = cost_class
-        self.cost_bbox = cost_bbox
-        self.cost_giou = cost_giou
-
+        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
     @torch.no_grad()
     def __call__(self, outputs, targets):
-        """Match the queries of each image with its objects.
-
-        outputs: `pred_logits` (B, N, K + 1) and `pred_boxes` (B, N, 4), or (L * B, ...): decoder
-        layers as if they were more images. targets: one dict an image, `labels` (M,) int64 and
-        `boxes` (M, 4). Returns a pair (query_indices, target_indices) for each of B or L * B, int64
-        on the CPU. Raises ValueError for a label outside 0 to K - 1 or a number that is not finite.
-        """
+        """outputs: `pred_logits` (B, N, K + 1), `pred_boxes` (B, N, 4), or (L * B, ...), L layers;
+        targets: one dict an image, `labels` (M,) int64, `boxes` (M, 4). Returns (query_indices,
+        target_indices) for each of B or L * B, on the CPU. ValueError for a label out of range."""
         p, boxes = outputs["pred_logits"].softmax(-1), outputs["pred_boxes"]
-        N, K, layers = p.shape[1], p.shape[2] - 1, len(p) // len(targets)
-        labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
-        objects = pad_sequence([target["boxes"] for target in targets], batch_first=True)
-        labels = labels.repeat(layers, 1)[:, None]                  # (L * B, 1, M)
-        objects = objects.repeat(layers, 1, 1).to(boxes)            # (L * B, M, 4)
+        N, K = p.shape[1], p.shape[2] - 1                           # p (L * B, N, K + 1)
+        labels, objects = (nn.utils.rnn.pad_sequence([t[name] for t in targets], batch_first=True)
+                           for name in ("labels", "boxes"))         # (B, M), (B, M, 4)
+        labels = labels.repeat(len(p) // len(labels), 1)[:, None]   # (L * B, 1, M)
+        objects = objects.repeat(len(p) // len(objects), 1, 1).to(boxes)        # (L * B, M, 4)
 
         # Eq. 1: the cost of a pair is  - p(class) + 5 |box - box|_1 - 2 GIoU(box, box)
         p_class = p.gather(2, labels.clamp(0, K - 1).expand(-1, N, -1))         # (L * B, N, M)
         l1 = torch.cdist(boxes, objects, p=1)
         giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects))
         cost = -self.cost_class * p_class + self.cost_bbox * l1 - self.cost_giou * giou
-
-        # The one transfer to the CPU of a training step; the labels travel along as a last row.
-        matches = []
+        matches = []    # the one transfer to the CPU of a step; labels are the table's last row
         for i, table in enumerate(torch.cat((cost, labels.to(cost)), dim=1).cpu()):
             b = i % len(targets)
             table = table[:, :len(targets[b]["labels"])]            # (N + 1, M), without padding
-            for label in table[-1].tolist():
-                if not 0 <= label < K:
-                    raise ValueError(f"image {b} of the batch: label {label:.0f} is outside the "
-                                     f"model's 0 to {K - 1}: correct it, or set num_classes")
-            if not table.isfinite().all():
-                raise ValueError(f"image {b} of the batch: its boxes or the predictions for it are "
-                                 "not finite: look at that image, or lower the learning rate")
+            wrong = [label for label in table[-1].int().tolist() if not 0 <= label < K]
+            if wrong:
+                raise ValueError(f"image {b} of the batch: label {wrong[0]} is not in 0 to {K - 1}")
             matches.append(tuple(map(torch.from_numpy, linear_sum_assignment(table[:-1]))))
         return matches
 
 # ---- 7. Loss (3.1, Eq. 2; A.2) -------------------------------------------------------------------
-
 class SetCriterion(nn.Module):
     """The Hungarian loss (paper: 3.1, Eq. 2; A.2). Most queries match nothing; `eos_coef` is the
     weight of "no object" against that imbalance."""
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
-
     def __init__(self, num_classes, matcher, eos_coef=0.1):
         super().__init__()
-        self.num_classes = num_classes
-        self.matcher = matcher
+        self.num_classes, self.matcher = num_classes, matcher
         self.register_buffer("class_weight", torch.tensor([1.0] * num_classes + [eos_coef]))
-
     def forward(self, outputs, targets):
-        """The losses of all decoder layers, unweighted: those of `layer_losses` for the last, and
-        `loss_ce_0` and so on for the earlier ones. `outputs` as `DETR` returns them, `targets` as
-        for `HungarianMatcher`."""
-        layers = [*outputs.get("aux_outputs", ()), outputs]
+        """The losses of all decoder layers, unweighted: those of `layer_losses` for the last one,
+        `loss_ce_0` and so on for the earlier ones. Arguments as for `HungarianMatcher`."""
+        layers, B = [*outputs.get("aux_outputs", ()), outputs], len(targets)
         every = {name: torch.cat([layer[name] for layer in layers])
                  for name in ("pred_logits", "pred_boxes")}         # (L * B, N, ...)
         matches = self.matcher(every, targets)
-        num_boxes = every["pred_boxes"].new_tensor(sum(len(target["labels"]) for target in targets))
+        num_boxes = every["pred_boxes"].new_tensor(sum(len(t["labels"]) for t in targets))
         if self.training and dist.is_available() and dist.is_initialized():
             dist.all_reduce(num_boxes)
             num_boxes /= dist.get_world_size()
-        losses = {}
-        for i, layer in enumerate(layers):
-            of_layer = matches[i * len(targets):(i + 1) * len(targets)]
-            values = self.layer_losses(layer, targets, of_layer, num_boxes.clamp(min=1))
-            if layer is not outputs:
-                values = {f"{k}_{i}": v for k, v in values.items() if k != "class_error"}
-            losses |= values
+        num_boxes.clamp_(min=1)
+        losses = self.layer_losses(outputs, targets, matches[-B:], num_boxes)
+        for i, layer in enumerate(layers[:-1]):
+            earlier = self.layer_losses(layer, targets, matches[i * B:(i + 1) * B], num_boxes)
+            losses |= {f"{k}_{i}": value for k, value in earlier.items() if k != "class_error"}
         return losses
-
     def layer_losses(self, outputs, targets, matches, num_boxes):
         """`loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (by how many objects the count
-        of an image is off) and `class_error` (percent of matched queries with a wrong class) of
-        one decoder layer, with its B `matches`; `num_boxes` is the mean over all processes."""
-        logits = outputs["pred_logits"]          # (B, N, K + 1)
-        counts = [len(target["labels"]) for target in targets]
+        of an image is off) and `class_error` (percent of matched queries with a wrong class) of a
+        layer with B `matches`. num_boxes: in the batch, the mean of all processes."""
+        logits, counts = outputs["pred_logits"], [len(target["labels"]) for target in targets]
         labels = torch.cat([target["labels"] for target in targets])            # (M,) of the batch
         objects = torch.cat([target["boxes"] for target in targets])            # (M, 4)
-
-        # Of each of the P matched pairs: the image, the query, and the object among the M.
-        image = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(matches)])
-        query = torch.cat([q for q, _ in matches])
-        which = torch.cat([o + sum(counts[:b]) for b, (_, o) in enumerate(matches)])
-        image, query, which = torch.stack((image, query, which)).to(logits.device)
-        boxes = outputs["pred_boxes"][image, query]          # (P, 4)
-        objects = objects.to(boxes)[which]                          # (P, 4)
+        pairs = [torch.stack((torch.full_like(query, b), query, which + sum(counts[:b])))
+                 for b, (query, which) in enumerate(matches)]       # of each image, (3, its pairs)
+        image, query, which = torch.cat(pairs, dim=1).to(logits.device)         # (P,) each
+        boxes = outputs["pred_boxes"][image, query]                 # (P, 4)
+        labels, objects = labels[which], objects[which].to(boxes)   # (P,), (P, 4)
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-        classes[image, query] = labels[which]                       # (B, N), elsewhere "no object"
+        classes[image, query] = labels                              # (B, N), elsewhere "no object"
 
         # Eq. 2: over all queries  - log p(class),  and over the matched ones  + L_box (A.2)
         loss_ce = F.cross_entropy(logits.transpose(1, 2), classes, self.class_weight.to(logits))
-        corners = box_cxcywh_to_xyxy(boxes)[:, None], box_cxcywh_to_xyxy(objects)[:, None]
-        giou = generalized_box_iou(*corners)                        # (P, 1, 1)
-
+        giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes)[:, None],
+                                   box_cxcywh_to_xyxy(objects)[:, None])        # (P, 1, 1)
         predicted = logits.argmax(-1)                               # (B, N)
         found = (predicted != self.num_classes).sum(1)              # (B,)
-        wrong = (predicted[image, query] != labels[which]).float()  # (P,)
+        wrong = (predicted[image, query] != labels).float()         # (P,)
         return {
             "loss_ce": loss_ce,
             "loss_bbox": (boxes - objects).abs().sum() / num_boxes,
@@ -508,15 +411,12 @@ class SetCriterion(nn.Module):
             "cardinality_error": (found - found.new_tensor(counts)).abs().float().mean(),
             "class_error": 100 * wrong.mean() if len(wrong) else torch.full_like(loss_ce, 100),
         }
-
     def total(self, losses):
         """What is minimised: the sum of the losses of all layers, weighted 1, 5 and 2."""
         return sum(weight * value for name, value in losses.items()
                    for loss, weight in self.weights.items() if name.startswith(loss))
 
-
 # ---- 8. Use --------------------------------------------------------------------------------------
-
 ZOO_URL = "https://dl.fbaipublicfiles.com/detr/"
 ZOO = {
     "detr_resnet50": "detr-r50-e632da11.pth",
@@ -530,25 +430,24 @@ COCO_CLASSES = (
     "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
     "N/A,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
     "N/A,backpack,umbrella,N/A,N/A,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
-    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,N/A,wine glass,cup,"
-    "fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,"
-    "chair,couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,remote,"
-    "keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,scissors,"
-    "teddy bear,hair drier,toothbrush").split(",")
+    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,N/A,wine glass,cup,fork,"
+    "knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,"
+    "couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,remote,keyboard,"
+    "cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,scissors,teddy bear,"
+    "hair drier,toothbrush").split(",")
 
 def post_process(outputs, sizes):
-    """Predictions to pixels; sizes (B, 2) are the images' h, w. Returns one dict an image:
-    `scores` (N,), `labels` (N,), the best class that is an object, `boxes` (N, 4) x0 y0 x1 y1."""
+    """Predictions in pixels of the images, sizes (B, 2) h, w: one dict an image with `scores` (N,),
+    `labels` (N,), the best class that is an object, and `boxes` (N, 4) x0 y0 x1 y1."""
     scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)       # (B, N) each
     h, w = torch.as_tensor(sizes, device=scores.device).unbind(1)
     boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"]) * torch.stack((w, h, w, h), dim=1)[:, None]
     return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
 
 def fit(height, width, size, max_size):
-    """The (height, width) to resize an image to (paper: A.4): the shorter side becomes `size`, or
-    what makes the longer one `max_size`, rounded. The longer side follows from the rounded shorter
-    one, as in the reference, and may exceed `max_size` a little: 100x500 becomes 267x1335."""
-    short, long = min(height, width), max(height, width)
+    """The (height, width) to resize to (paper: A.4): the shorter side becomes `size`, or, rounded,
+    what makes the longer one `max_size`, which may exceed it a little: 100x500 becomes 267x1335."""
+    short, long = sorted((height, width))
     if long / short * size > max_size:
         size = max(1, round(max_size * short / long))
     return tuple(size if side == short else int(size * side / short) for side in (height, width))
@@ -560,49 +459,39 @@ def normalize(image):
     return (image - mean[:, None, None]) / std[:, None, None]
 
 def to_tensor(image):
-    """A PIL image of 8 bits to an RGB tensor (3, h, w) uint8; TypeError for anything else."""
+    """An opaque PIL image of 8 bits to an RGB tensor (3, h, w) uint8; else raises TypeError."""
     if getattr(image, "mode", "F")[0] in "IF" or image.has_transparency_data:
-        raise TypeError(f"{image!r} is neither an opaque PIL image of 8 bits nor a (3, h, w) "
-                        "tensor: open files of any kind with infer.open_image(path)")
+        raise TypeError(f"{image!r}: no opaque PIL image of 8 bits; see infer.open_image(path)")
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 @torch.inference_mode()
 def detect(model, images, threshold=0.7):
-    """Find the objects of each image (paper: Listing 1).
-
-    images: a list of PIL images or RGB tensors (3, h, w), uint8 or float in [0, 1], of any sizes;
-    or one of them. Returns one dict an image, the best first, of what scores above `threshold`:
-    `scores` (n,), `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels of the given image, `names`, a
-    list, and `queries` (n,), which query found it. Raises TypeError for another kind of image.
-    """
+    """Find the objects (paper: Listing 1) of a list of PIL images or tensors (3, h, w), RGB, uint8
+    or float in [0, 1], of any sizes; or of one of them. Raises TypeError for anything else.
+    Returns one dict an image, the best first, of what scores above `threshold`: `scores` (n,),
+    `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, and `queries` (n,), their queries."""
     images = images if isinstance(images, (list, tuple)) else [images]
     images = [image if torch.is_tensor(image) else to_tensor(image) for image in images]
-    sizes = [image.shape[1:] for image in images]
-    inputs = []
-    for image, size in zip(images, sizes):
-        size = fit(*size, model.size, model.max_size)
+    inputs, results = [], []
+    for image in images:
+        size = fit(*image.shape[1:], model.size, model.max_size)
         image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         inputs.append(normalize(image.to(model.query_embed.weight.device)))
-    results = []
-    for found in post_process(model(inputs), sizes):
+    for found in post_process(model(inputs), [image.shape[1:] for image in images]):
         best_first = found["scores"].argsort(descending=True)
         queries = best_first[found["scores"][best_first] > threshold]
-        found = {name: value[queries] for name, value in found.items()}
-        names = [model.classes[label] for label in found["labels"].tolist()]
-        results.append({**found, "names": names, "queries": queries})
+        result = {name: value[queries] for name, value in found.items()} | {"queries": queries}
+        names = [model.classes[label] for label in result["labels"].tolist()]
+        results.append(result | {"names": names})
     return results
 
 def read_checkpoint(source):
-    """A checkpoint as {"model": weights, "config": settings, ...}; code in the file is never run.
-
-    source: a file, or a name of the zoo, which is fetched once and kept. Raises OSError for what
-    cannot be found or fetched, ValueError for what cannot be read, saying what to do.
-    """
+    """A file, or one of the zoo, which is fetched once, as {"model": weights, "config": settings,
+    ...}. Code in it is never run. Raises OSError if it cannot be had, ValueError if not read."""
     path = pathlib.Path(source)
-    if source == "demo":        # beside this file in a clone, in a package if installed
-        here = pathlib.Path(__file__).parent
-        path = next(here.glob("*assets/demo.pth"), here / "assets/demo.pth")
+    if source == "demo":        # in a clone beside this file, else installed with it
+        path = next(pathlib.Path(__file__).parent.glob("*assets/demo.pth"), path)
     elif source in ZOO:
         path = pathlib.Path(torch.hub.get_dir(), "checkpoints", ZOO[source])
         try:
@@ -612,62 +501,51 @@ def read_checkpoint(source):
                           f"{path} by hand; `python infer.py` alone needs no network") from error
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: give a file, demo, or {', '.join(ZOO)}")
-    try:        # other programs save their arguments, and paths in them
+    try:        # other programs save their arguments, with paths
         paths = [(pathlib.PurePosixPath, f"pathlib{m}.PosixPath") for m in ("", "._local")]
         with torch.serialization.safe_globals([argparse.Namespace, *paths]):
             file = torch.load(path, map_location="cpu", weights_only=True)
-        weights = [file[k] for k in ("model", "state_dict", "model_state_dict") if k in file]
-        settings = [file[k] for k in ("config", "args", "hyper_parameters") if k in file] or [{}]
-        settings = settings[0] if isinstance(settings[0], dict) else vars(settings[0])
+        weights = file.get("model", file.get("state_dict", file.get("model_state_dict", file)))
+        name = "query_embed.weight"         # every DETR has it, perhaps behind a prefix
+        prefix = next((key[:-len(name)] for key in weights if key.endswith(name)), "")
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+        config = file.get("config", file.get("args", file.get("hyper_parameters", {})))
+        config = config if isinstance(config, dict) else vars(config)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): it may be "
-                         "cut off, of another kind, or hold code, which is never run; download or "
-                         "save it again") from error
-    weights = weights[0] if weights else file
-    name = "query_embed.weight"         # every DETR has it; before it, perhaps, a prefix
-    prefix = next((key[:-len(name)] for key in weights if key.endswith(name)), "")
-    weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    config = {"dilation": "-dc5" in path.name, **settings}
-    return {**file, "model": weights, "config": config}
+        raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}): cut off, "
+                         "or with code, which is never run: fetch or save it again") from error
+    return {**file, "model": weights, "config": {"dilation": "-dc5" in path.name, **config}}
 
 def load_detr(source, num_classes=None, device="cpu"):
-    """A DETR in eval mode, with `.classes`, the names by label.
-
-    source: as for `read_checkpoint`. The architecture is read off the weights; heads, dilation,
-    image size and class names off the file, else they are 8, none, 800 and COCO's. num_classes:
-    unless the weights have as many, the class head is new and untrained. Raises ValueError naming
-    the weight that is missing, left over, or of a wrong shape.
-    """
+    """A DETR in eval mode, with `.classes`, the names by label; source as for `read_checkpoint`.
+    The architecture is read off the weights; heads, dilation, image size and class names off the
+    file, else they are 8, none, 800 and COCO's. num_classes: unless the weights have as many, the
+    class head is new. Raises ValueError naming a weight that is missing, left over or misshapen."""
     checkpoint = read_checkpoint(source)
-    weights, config = checkpoint["model"], checkpoint["config"]
-    names = checkpoint.get("classes", COCO_CLASSES)
-
+    weights, config, body = checkpoint["model"], checkpoint["config"], "backbone.0.body."
     def depth(prefix):
-        return len({name[len(prefix):].split(".")[0] for name in weights if name.startswith(prefix)})
-
+        return len({key[len(prefix):].split(".")[0] for key in weights if key.startswith(prefix)})
     try:
-        width, body = len(weights["input_proj.bias"]), "backbone.0.body."
+        width = len(weights["input_proj.bias"])
         if num_classes is not None and len(weights.get("class_embed.bias", ())) != num_classes + 1:
             head = nn.Linear(width, num_classes + 1)
             weights |= {"class_embed.weight": head.weight, "class_embed.bias": head.bias}
         block = Bottleneck if body + "layer1.0.conv3.weight" in weights else BasicBlock
         layers = [depth(f"{body}layer{i + 1}.") for i in range(depth(body + "layer"))]
-        dilation = bool(config["dilation"])
         model = DETR(
             num_classes=len(weights["class_embed.bias"]) - 1,
-            backbone=ResNet(block, layers, len(weights[body + "conv1.weight"]), dilation),
+            backbone=ResNet(block, layers, len(weights[body + "bn1.bias"]), config["dilation"]),
             hidden_dim=width,
-            nheads=int(config.get("nheads", 8)),
+            nheads=config.get("nheads", 8),
             enc_layers=depth("transformer.encoder.layers."),
             dec_layers=depth("transformer.decoder.layers."),
             dim_feedforward=len(weights["transformer.decoder.layers.0.linear1.bias"]),
             num_queries=len(weights["query_embed.weight"]))
         model.load_state_dict(weights)
-        model.size = int(config.get("size", model.size))
-        model.max_size = int(config.get("max_size", model.max_size))
-        if len(names) == len(model.classes):
-            model.classes = list(map(str, names))
     except Exception as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"{source} holds no DETR that can be loaded: {what[:400]}") from error
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        raise ValueError(f"{source} holds no DETR that can be loaded: {what}") from error
+    names = checkpoint.get("classes", COCO_CLASSES)
+    model.classes = list(names) if len(names) == len(model.classes) else model.classes
+    model.size, model.max_size = config.get("size", 800), config.get("max_size", 1333)
     return model.to(device).eval()
