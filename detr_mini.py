@@ -60,7 +60,7 @@ def generalized_box_iou(boxes1, boxes2):
 # ---- 2. Backbone (3.2) ---------------------------------------------------------------------------
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with constant statistics, (B, C, H, W) to (B, C, H, W): batches of a few images
-    are too small to estimate them (paper: A.4). Loads what `nn.BatchNorm2d` saved."""
+    are too small to estimate them (paper: A.4). Loads the weights of `nn.BatchNorm2d`."""
     eps = 1e-5
     def __init__(self, channels):
         super().__init__()
@@ -115,8 +115,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Images (B, 3, H, W) to features (B, num_channels, H/stride, W/stride), sizes rounded up.
     `layers` counts the blocks of each stage: four stages for stride 32, three for 16. `dilation`
-    (DC5) replaces the last one's stride. With the frozen norm, for pre-trained weights, stem and
-    first stage are not trained (A.4); to train from scratch take `norm=nn.BatchNorm2d`."""
+    (DC5) replaces the stride of the last stage. With the frozen norm, stem and first stage are not
+    trained (A.4); to train from scratch take `norm=nn.BatchNorm2d`."""
     def __init__(self, block, layers, width=64, dilation=False, norm=FrozenBatchNorm2d):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
@@ -156,17 +156,17 @@ RESNETS = {
 
 # ---- 3. Positions (A.4) --------------------------------------------------------------------------
 class PositionEmbeddingSine(nn.Module):
-    """Where a cell is: sines and cosines of its row (first half of the channels) and its column,
-    counted over real pixels only, and scaled to (0, 2 pi]: a place relative to the image's size."""
+    """A cell's row (first half of the channels) and column as sines and cosines. Both are counted
+    over the image without its padding and scaled to (0, 2 pi], whatever its size."""
     def __init__(self, channels_per_axis=128, temperature=10000):
         super().__init__()
         self.channels_per_axis, self.temperature = channels_per_axis, temperature
-    def forward(self, real, dtype=torch.float32):
-        """real (B, H', W') bool, False on padding, to (B, S, 2 * channels_per_axis)."""
-        rows, columns = real.cumsum(1, dtype=dtype), real.cumsum(2, dtype=dtype)    # (B, H', W')
+    def forward(self, valid, dtype=torch.float32):
+        """valid (B, H', W') bool, False on padding, to (B, S, 2 * channels_per_axis)."""
+        rows, columns = valid.cumsum(1, dtype=dtype), valid.cumsum(2, dtype=dtype)    # (B, H', W')
         rows = rows / (rows[:, -1:] + 1e-6) * 2 * math.pi
         columns = columns / (columns[:, :, -1:] + 1e-6) * 2 * math.pi
-        i = torch.arange(self.channels_per_axis, device=real.device).to(dtype) // 2
+        i = torch.arange(self.channels_per_axis, device=valid.device).to(dtype) // 2
         wavelengths = self.temperature ** (2 * i / self.channels_per_axis)
         angles = torch.stack((rows, columns), 3)[..., None] / wavelengths   # (B, H', W', 2, d/2)
         waves = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=5)
@@ -174,8 +174,8 @@ class PositionEmbeddingSine(nn.Module):
 
 # ---- 4. Attention and transformer (A.1, A.3) -----------------------------------------------------
 class MultiheadAttention(nn.Module):
-    """softmax(q k^T / sqrt(d/heads)) v in every head, between one projection in and one out (paper:
-    A.1). With `keep_weights` set, `weights` (B, heads, N, S) holds the last call's attention."""
+    """softmax(q k^T / sqrt(d/heads)) v in every head, between an input and an output projection
+    (paper: A.1). If `keep_weights`, `weights` (B, heads, N, S) is the last call's attention."""
     def __init__(self, d, heads, dropout=0.0):
         super().__init__()
         self.heads = heads
@@ -202,8 +202,8 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 class TransformerEncoderLayer(nn.Module):
-    """Self-attention among the cells, then a feed-forward network for each (paper: A.3). Dropout
-    stands before ReLU, as the two commute: one activation less is kept for the backward pass."""
+    """Self-attention among the cells, then a feed-forward network for each cell (paper: A.3). There
+    dropout comes before ReLU: the two commute, and the backward pass needs one tensor less."""
     def __init__(self, d, heads, dim_feedforward, dropout):
         super().__init__()
         self.self_attn = MultiheadAttention(d, heads, dropout)
@@ -229,8 +229,8 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
     def forward(self, x, queries, memory, memory_pos, attend):
         q = k = x + queries                                         # (B, N, d)
         x = self.norm1(x + self.dropout(self.self_attn(q, k, x)))
-        seen = self.multihead_attn(x + queries, memory_pos, memory, attend)
-        x = self.norm2(x + self.dropout(seen))
+        attended = self.multihead_attn(x + queries, memory_pos, memory, attend)
+        x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.feed_forward(x))
 
 class Transformer(nn.Module):
@@ -282,7 +282,7 @@ def pad_images(images):
 
 class DETR(nn.Module):
     """The detector (paper: 3.2, Fig. 2). `num_classes` counts object classes; "no object" is one
-    more, the last. `backbone` is a name of `RESNETS`, or a `ResNet`, which brings its own dilation.
+    more, the last. `backbone` is a name of `RESNETS`, or a `ResNet`, which has its own dilation.
     With `aux_loss` every decoder layer predicts (A.2). `nheads` and 4 divide `hidden_dim`."""
     def __init__(self, num_classes=91, backbone="resnet50", dilation=False, hidden_dim=256,
                  nheads=8, enc_layers=6, dec_layers=6, dim_feedforward=2048, num_queries=100,
@@ -309,17 +309,16 @@ class DETR(nn.Module):
         if isinstance(images, (list, tuple)):
             images, mask = pad_images(images)
         features = self.backbone[0].body(images)                    # (B, C, H', W')
-        real = torch.ones_like(features[:1, 0], dtype=torch.bool)   # (1, H', W'), False on padding
+        valid = torch.ones_like(features[:1, 0], dtype=torch.bool)   # (1, H', W'), False on padding
         attend = None
         if mask is not None:
-            real = ~F.interpolate(mask[None].float(), real.shape[1:])[0].bool()     # (B, H', W')
-            attend = real.flatten(1)[:, None, None]                 # (B, 1, 1, S)
+            valid = ~F.interpolate(mask[None].float(), valid.shape[1:])[0].bool()     # (B, H', W')
+            attend = valid.flatten(1)[:, None, None]                 # (B, 1, 1, S)
         full = torch.promote_types(features.dtype, torch.float32)   # under autocast, too
-        pos = self.backbone[1](real, full)                          # (B or 1, S, d)
+        pos = self.backbone[1](valid, full)                          # (B or 1, S, d)
         memory = self.input_proj(features).flatten(2).transpose(1, 2)           # (B, S, d)
-        queries = self.query_embed.weight                           # (N, d)
-        x = self.transformer(memory, pos, attend, queries, self.aux_loss)       # (L, B, N, d)
-        logits = self.class_embed(x).to(full)                       # (L, B, N, K + 1)
+        x = self.transformer(memory, pos, attend, self.query_embed.weight, self.aux_loss)
+        logits = self.class_embed(x).to(full)                       # x (L, B, N, d) to (..., K + 1)
         boxes = self.bbox_embed(x).to(full).sigmoid()               # (L, B, N, 4)
         *earlier, last = ({"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes))
         return {**last, "aux_outputs": earlier} if self.aux_loss else last
@@ -358,8 +357,8 @@ class HungarianMatcher:
 
 # ---- 7. Loss (3.1, Eq. 2; A.2) -------------------------------------------------------------------
 class SetCriterion(nn.Module):
-    """The Hungarian loss (paper: 3.1, Eq. 2; A.2). Most queries match nothing; `eos_coef` is the
-    weight of "no object" against that imbalance."""
+    """The Hungarian loss (paper: 3.1, Eq. 2; A.2). `eos_coef` is the class weight of "no
+    object", which most queries have to predict."""
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
     def __init__(self, num_classes, matcher, eos_coef=0.1):
         super().__init__()
@@ -383,9 +382,9 @@ class SetCriterion(nn.Module):
             losses |= {f"{k}_{i}": value for k, value in earlier.items() if k != "class_error"}
         return losses
     def layer_losses(self, outputs, targets, matches, num_boxes):
-        """`loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (by how many objects the count
-        of an image is off) and `class_error` (percent of matched queries with a wrong class) of a
-        layer with B `matches`. num_boxes: in the batch, the mean of all processes."""
+        """`loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (of the number of objects in
+        an image) and `class_error` (percent of matched queries with a wrong class) of one layer
+        with its B `matches`; `num_boxes` of the batch is a mean over processes."""
         logits, counts = outputs["pred_logits"], [len(target["labels"]) for target in targets]
         labels = torch.cat([target["labels"] for target in targets])            # (M,) of the batch
         objects = torch.cat([target["boxes"] for target in targets])            # (M, 4)
@@ -412,7 +411,7 @@ class SetCriterion(nn.Module):
             "class_error": 100 * wrong.mean() if len(wrong) else torch.full_like(loss_ce, 100),
         }
     def total(self, losses):
-        """What is minimised: the sum of the losses of all layers, weighted 1, 5 and 2."""
+        """The training loss: the sum of the losses of all layers, weighted 1, 5 and 2."""
         return sum(weight * value for name, value in losses.items()
                    for loss, weight in self.weights.items() if name.startswith(loss))
 
@@ -438,22 +437,22 @@ COCO_CLASSES = (
 
 def post_process(outputs, sizes):
     """Predictions in pixels of the images, sizes (B, 2) h, w: one dict an image with `scores` (N,),
-    `labels` (N,), the best class that is an object, and `boxes` (N, 4) x0 y0 x1 y1."""
+    `labels` (N,), the best class but "no object", `boxes` (N, 4) x0 y0 x1 y1."""
     scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)       # (B, N) each
     h, w = torch.as_tensor(sizes, device=scores.device).unbind(1)
     boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"]) * torch.stack((w, h, w, h), dim=1)[:, None]
     return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
 
 def fit(height, width, size, max_size):
-    """The (height, width) to resize to (paper: A.4): the shorter side becomes `size`, or, rounded,
-    what makes the longer one `max_size`, which may exceed it a little: 100x500 becomes 267x1335."""
+    """The (height, width) to resize to (paper: A.4): the shorter side becomes `size`, or less, so
+    that the longer one is `max_size`, up to rounding: 100x500 becomes 267x1335 for 1333."""
     short, long = sorted((height, width))
     if long / short * size > max_size:
         size = max(1, round(max_size * short / long))
     return tuple(size if side == short else int(size * side / short) for side in (height, width))
 
 def normalize(image):
-    """(..., 3, h, w) uint8, or floats in [0, 1], by the mean and deviation of ImageNet's pixels."""
+    """(..., 3, h, w) uint8, or floats in [0, 1], by the mean and std of ImageNet's pixels."""
     image = image / 255 if image.dtype == torch.uint8 else image
     mean, std = image.new_tensor([0.485, 0.456, 0.406]), image.new_tensor([0.229, 0.224, 0.225])
     return (image - mean[:, None, None]) / std[:, None, None]
@@ -461,7 +460,7 @@ def normalize(image):
 def to_tensor(image):
     """An opaque PIL image of 8 bits to an RGB tensor (3, h, w) uint8; else raises TypeError."""
     if getattr(image, "mode", "F")[0] in "IF" or image.has_transparency_data:
-        raise TypeError(f"{image!r}: no opaque PIL image of 8 bits; see infer.open_image(path)")
+        raise TypeError(f"{image!r}: give opaque 8-bit images; see infer.open_image(path)")
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
@@ -469,8 +468,8 @@ def to_tensor(image):
 def detect(model, images, threshold=0.7):
     """Find the objects (paper: Listing 1) of a list of PIL images or tensors (3, h, w), RGB, uint8
     or float in [0, 1], of any sizes; or of one of them. Raises TypeError for anything else.
-    Returns one dict an image, the best first, of what scores above `threshold`: `scores` (n,),
-    `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, and `queries` (n,), their queries."""
+    Returns one dict an image, the best first, of all that score above `threshold`: `scores` (n,),
+    `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, and `queries` (n,), their indices."""
     images = images if isinstance(images, (list, tuple)) else [images]
     images = [image if torch.is_tensor(image) else to_tensor(image) for image in images]
     inputs, results = [], []
@@ -488,7 +487,7 @@ def detect(model, images, threshold=0.7):
 
 def read_checkpoint(source):
     """A file, or one of the zoo, which is fetched once, as {"model": weights, "config": settings,
-    ...}. Code in it is never run. Raises OSError if it cannot be had, ValueError if not read."""
+    ...}. Code in it is never run. OSError if it cannot be fetched, ValueError if not read."""
     path = pathlib.Path(source)
     if source == "demo":        # in a clone beside this file, else installed with it
         path = next(pathlib.Path(__file__).parent.glob("*assets/demo.pth"), path)
@@ -512,15 +511,15 @@ def read_checkpoint(source):
         config = file.get("config", file.get("args", file.get("hyper_parameters", {})))
         config = config if isinstance(config, dict) else vars(config)
     except Exception as error:
-        raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}): cut off, "
-                         "or with code, which is never run: fetch or save it again") from error
+        raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}): truncated, "
+                         "or with code, which is never run; download or save it again") from error
     return {**file, "model": weights, "config": {"dilation": "-dc5" in path.name, **config}}
 
 def load_detr(source, num_classes=None, device="cpu"):
     """A DETR in eval mode, with `.classes`, the names by label; source as for `read_checkpoint`.
-    The architecture is read off the weights; heads, dilation, image size and class names off the
+    The architecture is read from the weights; heads, dilation, image size and class names from the
     file, else they are 8, none, 800 and COCO's. num_classes: unless the weights have as many, the
-    class head is new. Raises ValueError naming a weight that is missing, left over or misshapen."""
+    class head is new. ValueError names a weight that is missing, left over or of a wrong shape."""
     checkpoint = read_checkpoint(source)
     weights, config, body = checkpoint["model"], checkpoint["config"], "backbone.0.body."
     def depth(prefix):
