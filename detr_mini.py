@@ -397,7 +397,8 @@ class SetCriterion(nn.Module):
         classes[image, query] = labels                              # (B, N), elsewhere "no object"
 
         # Eq. 2: over all queries  - log p(class),  and over the matched ones  + L_box (A.2)
-        loss_ce = F.cross_entropy(logits.transpose(1, 2), classes, self.class_weight.to(logits))
+        class_weight = self.class_weight.to(logits)
+        loss_ce = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), class_weight)
         giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes)[:, None],
                                    box_cxcywh_to_xyxy(objects)[:, None])        # (P, 1, 1)
         predicted = logits.argmax(-1)                               # (B, N)

@@ -8,12 +8,12 @@
 import argparse
 import io
 import json
-import logging
 import os
 import sys
 import time
 import urllib.request
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -21,13 +21,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from detr_mini import ZOO, detect, fit, load_detr
 
-Image.init()
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 COLORS = ["#ff8c00", "#1f77ff", "#00a651", "#e6194b", "#911eb4", "#00b8d4", "#f032e6", "#808000"]
 # Errors that Pillow raises for a broken image. Its warnings, and torch's, are hidden.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)
 warnings.filterwarnings("ignore", module="PIL|torch")
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 def open_image(source, upright=True):
     """A file or URL as an RGB image, rotated by its EXIF if `upright`. Transparent pixels become
@@ -47,7 +45,7 @@ def open_image(source, upright=True):
         return image.convert("RGB")
 
 def on_canvas(boxes, scale, size):
-    """Boxes (n, 4) of an image on a canvas `scale` times as large, cut to its (w, h) `size`."""
+    """Boxes (n, 4) on a canvas `scale` times as large as their image, cut to its (w, h) `size`."""
     return (boxes.cpu() * scale).clamp(min=0).minimum(torch.tensor(size * 2) - 1).tolist()
 
 def draw(image, found):
@@ -69,29 +67,27 @@ def draw(image, found):
     return canvas
 
 def draw_attention(image, found, attention, width=1600):
-    """A sheet of tiles, one for each detection, bright where its query attended; each row fills the
-    width. attention (n, H', W'), the weights of each query."""
+    """A sheet of tiles, one for each detection: its query's attention, of all (n, H', W'), as light
+    on the image. Each row fills the width."""
+    dark = ImageOps.grayscale(image).point(lambda value: value * 0.45)
     rows = round((len(attention) * image.height / image.width) ** 0.5)
-    dark, tiles, top = ImageOps.grayscale(image).point(lambda value: value * 0.45), [], 0
-    for row in torch.arange(len(attention)).tensor_split(max(1, rows)):
-        size = width // len(row), max(1, round(width / len(row) * image.height / image.width))
+    rows = torch.arange(len(attention)).tensor_split(max(1, rows))
+    heights = [max(1, round(width / len(row) * image.height / image.width)) for row in rows]
+    sheet = Image.new("RGB", (width, sum(heights)))
+    for row, height, bottom in zip(rows, heights, accumulate(heights)):
+        size = width // len(row), height
         boxes = on_canvas(found["boxes"], size[0] / image.width, size)
         for column, i in enumerate(row.tolist()):
             weights = (255 * (attention[i] / attention[i].max()).sqrt()).byte().numpy()
             weights = Image.fromarray(weights).resize(size, Image.Resampling.BICUBIC)
             tile = dark.resize(size).convert("RGB")
             tile.paste(COLORS[found["labels"][i] % len(COLORS)], mask=weights)
-            ImageDraw.Draw(tile).rectangle(boxes[i], outline="white", width=1 + size[1] // 200)
-            tiles.append((tile, (column * size[0], top)))
-        top += size[1]
-    sheet = Image.new("RGB", (width, top))
-    for tile, place in tiles:
-        sheet.paste(tile, place)
+            ImageDraw.Draw(tile).rectangle(boxes[i], outline="white", width=1 + height // 200)
+            sheet.paste(tile, (column * size[0], bottom - height))
     return sheet
 
 def save(path, write):
-    """`write` a file, opened in binary, under a temporary name, then rename it, so that `path` is
-    never incomplete. Raises OSError."""
+    """`write` a binary file under a temporary name, then rename it: `path` is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -99,6 +95,10 @@ def save(path, write):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+def save_png(path, image):
+    save(path, lambda file: image.save(file, "PNG", compress_level=4))
+    print(f"  -> {path}")
 
 def choose_device(name):
     """The best device for "auto", else the one named; ValueError if it is not available."""
@@ -122,13 +122,12 @@ def arguments(argv):
         prog="infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE|FOLDER|URL", help="default: the bundled images")
-    add("--weights", metavar="NAME|FILE", help=f"demo, {', '.join(ZOO)}, or a DETR checkpoint file "
+    add("--weights", metavar="NAME|FILE", help=f"demo, {', '.join(ZOO)}, or a checkpoint file "
         "(default: detr_resnet50; demo if no image is named)")
     add("--threshold", type=float, default=0.7, metavar="P", help="lowest score (default: 0.7)")
     add("--out", type=Path, default="detections", metavar="DIR", help="default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write all detections in COCO's results format")
-    add("--attention", action="store_true", help="also draw where the query of each detection "
-        "attends, the mean of the decoder's layers and heads")
+    add("--attention", action="store_true", help="also draw where each detection's query attends")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
     return parser.parse_args(argv)
 
@@ -150,11 +149,14 @@ def run(args):
             image, start = open_image(source), time.perf_counter()
             [found] = detect(model, image, args.threshold)
         except UNREADABLE as error:
-            print(f"infer.py: error: {source}: {explain(source, error)}", file=sys.stderr)
+            why = {FileNotFoundError: "no image of this name",
+                   Image.DecompressionBombError: "too many pixels: make it smaller"}
+            why = why.get(type(error), f"not a readable image ({error})")
+            print(f"infer.py: error: {source}: {why}", file=sys.stderr)
             failures += 1
             continue
-        print(f"{source}  {image.width}x{image.height}  {len(found['names'])} found in "
-              f"{time.perf_counter() - start:.2f} s")
+        seconds, (w, h) = time.perf_counter() - start, image.size
+        print(f"{source}  {w}x{h}  {len(found['names'])} found in {seconds:.2f} s")
         print("  score  label             x0     y0     x1     y1")
         stem = Path(source.split("?")[0]).stem
         while stem in stems:
@@ -165,26 +167,16 @@ def run(args):
             print(f"   {score:.2f}  {name:14}{x0:7.0f}{y0:7.0f}{x1:7.0f}{y1:7.0f}")
             results.append({"image_id": int(stem) if stem.isdigit() else stem, "score": score,
                             "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]})
-        drawn = {args.out / f"{stem}.png": draw(image, found)}
+        save_png(args.out / f"{stem}.png", draw(image, found))
         if args.attention and found["names"]:
-            height, _ = fit(image.height, image.width, model.size, model.max_size)
-            rows = -(-height // model.backbone[0].body.stride)
+            rows = -(-fit(h, w, model.size, model.max_size)[0] // model.backbone[0].body.stride)
             mean = torch.cat([layer.weights[0] for layer in attentions]).mean(0)    # (N, S)
             mean = mean[found["queries"]].unflatten(1, (rows, -1)).cpu()    # (n, H', W')
-            drawn[args.out / f"{stem}_attention.png"] = draw_attention(image, found, mean)
-        for path, picture in drawn.items():
-            save(path, lambda file: picture.save(file, "PNG", compress_level=4))
-            print(f"  -> {path}")
+            save_png(args.out / f"{stem}_attention.png", draw_attention(image, found, mean))
     if args.json:
         save(args.json, lambda file: file.write(json.dumps(results).encode()))
         print(f"{len(results)} detections -> {args.json}")
     return failures
-
-def explain(source, error):
-    if isinstance(error, Image.DecompressionBombError):
-        return f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: make it smaller"
-    missing = "*" in source and isinstance(error, FileNotFoundError)
-    return "no image matches this pattern" if missing else f"not a readable image ({error})"
 
 def main(argv=None):
     args = arguments(argv)
