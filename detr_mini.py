@@ -382,9 +382,8 @@ class SetCriterion(nn.Module):
             losses |= {f"{k}_{i}": value for k, value in earlier.items() if k != "class_error"}
         return losses
     def layer_losses(self, outputs, targets, matches, num_boxes):
-        """`loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (of the number of objects in
-        an image) and `class_error` (percent of matched queries with a wrong class) of one layer
-        with its B `matches`; `num_boxes` of the batch is a mean over processes."""
+        """`loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (objects an image), `class_error`
+        (percent of matches) of a layer with B `matches`; `num_boxes`: the mean over processes."""
         logits, counts = outputs["pred_logits"], [len(target["labels"]) for target in targets]
         labels = torch.cat([target["labels"] for target in targets])            # (M,) of the batch
         objects = torch.cat([target["boxes"] for target in targets])            # (M, 4)
@@ -397,10 +396,10 @@ class SetCriterion(nn.Module):
         classes[image, query] = labels                              # (B, N), elsewhere "no object"
 
         # Eq. 2: over all queries  - log p(class),  and over the matched ones  + L_box (A.2)
-        class_weight = self.class_weight.to(logits)
-        loss_ce = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), class_weight)
-        giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes)[:, None],
-                                   box_cxcywh_to_xyxy(objects)[:, None])        # (P, 1, 1)
+        weight = self.class_weight.to(logits)
+        loss_ce = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight)
+        corners, true_corners = box_cxcywh_to_xyxy(torch.stack((boxes, objects)))[:, :, None]
+        giou = generalized_box_iou(corners, true_corners)           # (P, 1, 1)
         predicted = logits.argmax(-1)                               # (B, N)
         found = (predicted != self.num_classes).sum(1)              # (B,)
         wrong = (predicted[image, query] != labels).float()         # (P,)
