@@ -382,7 +382,7 @@ class SetCriterion(nn.Module):
             losses |= {f"{k}_{i}": value for k, value in earlier.items() if k != "class_error"}
         return losses
     def layer_losses(self, outputs, targets, matches, num_boxes):
-        """`loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (objects an image), `class_error`
+        """`loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (objects), and `class_error`
         (percent of matches) of a layer with B `matches`; `num_boxes`: the mean over processes."""
         logits, counts = outputs["pred_logits"], [len(target["labels"]) for target in targets]
         labels = torch.cat([target["labels"] for target in targets])            # (M,) of the batch

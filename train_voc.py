@@ -7,7 +7,6 @@
 """
 import argparse
 import json
-import math
 import os
 import random
 import re
@@ -16,15 +15,15 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from http.client import HTTPException
+from functools import partial
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import tv_tensors
@@ -100,7 +99,7 @@ def fetch_voc(data, names):
                 download_and_extract_archive(url, data, md5=md5)
                 unfinished.unlink()
                 break
-            except (OSError, RuntimeError, HTTPException) as error:
+            except Exception as error:      # whatever it is, the next mirror may do better
                 failures.append(f"{url}: {error}")
         else:
             raise OSError(f"could not fetch {file} ({'; '.join(failures)}): put it at "
@@ -108,14 +107,12 @@ def fetch_voc(data, names):
 
 def key(name):
     """What an image and its annotation share: a file's name without endings, 1 of 1.jpg.xml."""
-    for _ in range(2):
-        stem, ending = os.path.splitext(name)
-        name = stem if ending.lower() in (".xml", *SUFFIXES) else name
-    return name
+    endings = "|".join(map(re.escape, (".xml", *SUFFIXES)))
+    return re.sub(f"({endings}){{1,2}}$", "", name, flags=re.IGNORECASE)
 
 def find_files(data):
-    """All annotations in a folder, [Path], and all images by key, {key: [Path]}. Hidden files,
-    __MACOSX and other XML are passed over; links are followed, but not in a circle."""
+    """A folder's annotations, [Path], and its images by key, {key: [Path]}. Hidden files, __MACOSX
+    and other XML are skipped; links are followed, but not in a circle."""
     xmls, images = [], {}
     for root, folders, files in os.walk(data, followlinks=True):
         here = os.path.realpath(root) + os.sep
@@ -130,40 +127,42 @@ def find_files(data):
 
 def read_list(path, xmls):
     """The annotations that a list in ImageSets/Main names. A line is a file's name, perhaps with a
-    path before, an ending, and VOC's 1, 0 or -1 behind it. Raises ValueError."""
-    by_key, found, raw = {}, {}, path.read_bytes()
+    folder before it, an ending, and VOC's 1, 0 or -1 behind it. Raises ValueError."""
+    by_key, found, raw = {}, [], path.read_bytes()
     for xml in xmls:
         by_key.setdefault(key(xml.name), []).append(xml)
     encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     for line in filter(None, map(str.strip, raw.decode(encoding, "replace").splitlines())):
-        whole, flagless = (Path(text.replace("\\", "/"))
-                           for text in (line, re.sub(r"\s+(-1|0|1)$", "", line)))
-        named = by_key.get(key(whole.name)) or by_key.get(key(flagless.name), [])
-        usual = [xml for xml in named if xml.parent.name in (flagless.parent.name, "Annotations")]
-        named = usual if len(named) > 1 and usual else named
+        file = PureWindowsPath(line)        # takes / and \\
+        if key(file.name) not in by_key:
+            file = PureWindowsPath(re.sub(r"\s+(-1|0|1)$", "", line))
+        named = by_key.get(key(file.name), [])
+        if len(named) > 1:
+            named = [xml for xml in named if xml.parent.name in (file.parent.name, "Annotations")]
         if len(named) != 1:
             raise ValueError(f"{path}: {len(named)} annotations (XML files) for {line!r}: there "
                              "must be one; add it, or take the line out")
-        found[named[0]] = line
-    return list(found)
+        found += named
+    return found
 
 def find_set(data, xmls, name, seed, every=False):
-    """The annotations of a set: of a list NAME in ImageSets/Main, else in a folder NAME; else, if
-    there is neither train nor val, a fifth of all (val), the rest (train), or `every` one. Of a
-    VOCdevkit, 2012_train is the train of VOC2012. Raises ValueError."""
+    """The annotations of ImageSets/Main/NAME.txt, else of a folder NAME; else, if there is neither
+    train nor val, a seeded fifth of all (val), the rest (train) or `every` one. Of a VOCdevkit,
+    2012_train is the train of VOC2012. Raises ValueError."""
     year, _, rest = name.partition("_")
-    if f"VOC{year}" in (data.name, *os.listdir(data)):
-        data, name = data if data.name == f"VOC{year}" else data / f"VOC{year}", rest
+    of_year = data if data.name == f"VOC{year}" else data / f"VOC{year}"
+    if of_year.is_dir():
+        data, name = of_year, rest
     lists = {path.stem: path for path in sorted(data.glob("ImageSets/Main/*.txt"))}
     xmls, folders = [xml for xml in xmls if data in xml.parents], {}
     for xml in xmls:        # folders: {name: {depth in the tree: [annotations]}}
         for depth, folder in enumerate(xml.relative_to(data).parts[:-1]):
-            folder = "val" if folder.lower() == "valid" else folder.lower()
+            folder = re.sub("^valid$", "val", folder.lower())
             folders.setdefault(folder, {}).setdefault(depth, []).append(xml)
     if name in lists:
         return read_list(lists[name], xmls)
-    if name in folders:
-        return folders[name][min(folders[name])]
+    if places := folders.get(re.sub("^valid$", "val", name.lower())):
+        return places[min(places)]
     if name not in ("train", "val") or {"train", "val"} & {*lists, *folders}:
         raise ValueError(f"no set {name!r} in {data}: there are lists of {', '.join(lists) or '-'} "
                          f"and XML in folders {', '.join(folders) or '-'}: name --train and --val")
@@ -171,19 +170,17 @@ def find_set(data, xmls, name, seed, every=False):
     found = list(dict.fromkeys(xml for path in lists for xml in read_list(path, xmls)))
     found = found or list({xml.resolve(): xml for xml in xmls}.values())
     random.Random(seed).shuffle(found)
-    split = found[::5] if name == "val" else [xml for i, xml in enumerate(found) if i % 5]
-    return sorted(found if every else split)
+    part = found[::5] if name == "val" else set(found) - set(found[::5])
+    return sorted(found if every else part)
 
 def find_image(xml, filename, images):
     """The image of an annotation: one with its name; of several, the one that `<filename>` names,
     then the nearest in the tree. Raises ValueError if there is none, or two equally near."""
     def steps(image):
-        if image.parent in (xml.parent.parent / "JPEGImages", xml.parent.parent / "images"):
-            return -math.inf
-        common = os.path.commonpath((xml.parent, image.parent)).split(os.sep)
-        return len(image.parent.parts) - 2 * len(common)
+        path = Path(os.path.relpath(image.parent, xml.parent))
+        return -1 if path.as_posix() in ("../JPEGImages", "../images") else len(path.parts)
     found = images.get(key(xml.name), [])
-    named = [image for image in found if image.name == re.split(r"[\\/]", filename.strip())[-1]]
+    named = [image for image in found if image.name == PureWindowsPath(filename.strip()).name]
     found = sorted(named or found, key=steps)
     if not found:
         raise ValueError(f"{xml}: no image of this name: add {key(xml.name)}.jpg (or .png ...)")
@@ -194,24 +191,24 @@ def find_image(xml, filename, images):
 # ---- Data: what is checked before the first step, and how an image is read ----------------------
 def read_record(xml, images):
     """An annotation and its image, checked: the image's `path`, whether to turn it `upright`, its
-    `size` (h, w), whether that is `odd`, and `objects` [(class, [x0, y0, x1, y1], difficult)].
-    VOC counts pixels from 1 and includes the last: a box over all is 1 to w. Raises ValueError."""
+    `size` (h, w), whether `<size>` is another, and `objects` [(class, [x0, y0, x1, y1], difficult)]
+    in pixels from 0. VOC's count from 1 and include the last. Raises ValueError."""
     try:
         root, objects = ElementTree.parse(xml).getroot(), []
         for node in root.iter("object"):
-            x0, y0, x1, y1 = box = [float(node.findtext(f"bndbox/{side}"))
-                                    for side in ("xmin", "ymin", "xmax", "ymax")]
-            if not math.isfinite(sum(box)):
+            x0, y0, x1, y1 = (float(node.findtext(f"bndbox/{side}"))
+                              for side in ("xmin", "ymin", "xmax", "ymax"))
+            if not np.isfinite([x0, y0, x1, y1]).all():
                 raise ValueError("a coordinate is not a finite number")
-            difficult = (node.findtext("difficult") or "").strip() == "1"
+            difficult = node.findtext("difficult", "").strip() == "1"
             objects.append((node.findtext("name").strip(), [x0 - 1, y0 - 1, x1, y1], difficult))
         if objects and all(value <= 1 for _, box, _ in objects for value in box):
-            raise ValueError("boxes are shares of the image, from 0 to 1; VOC's are pixels")
-        said = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+            raise ValueError("boxes are relative to the image, 0 to 1; VOC's are in pixels")
+        given = tuple(float(root.findtext(f"size/{side}") or 0) for side in ("width", "height"))
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{xml}: not a VOC annotation ({error}): each object needs a name and a "
                          "bndbox of xmin, ymin, xmax, ymax") from error
-    path = find_image(xml, root.findtext("filename") or "", images)
+    path = find_image(xml, root.findtext("filename", ""), images)
     try:
         with Image.open(path) as image:
             (w, h), turned = image.size, image.getexif().get(0x0112, 1) >= 5
@@ -220,10 +217,10 @@ def read_record(xml, images):
     except UNREADABLE as error:
         raise ValueError(f"{path}: not a readable image ({error}): replace it, or take it out of "
                          "the set") from error
-    upright = not (turned and said == (w, h) and w != h)
+    upright = not turned or w == h or given != (w, h)
     w, h = (h, w) if turned and upright else (w, h)
-    odd = all(said) and said != (w, h)
-    return {"path": path, "upright": upright, "size": (h, w), "objects": objects, "odd": odd}
+    return {"path": path, "upright": upright, "size": (h, w), "objects": objects,
+            "wrong_size": all(given) and given != (w, h)}
 
 def read_set(title, xmls, images):
     """The records of a set's annotations. Raises ValueError."""
@@ -234,34 +231,34 @@ def read_set(title, xmls, images):
         return list(progress(f"read {title}", records, len(xmls)))
 
 class VOC(Dataset):
-    """The images of some records, with `classes` as the names of the labels. An item is an image
-    (3, h, w) uint8 and its target, as `SetCriterion` wants it. With `augment`, a set to train on:
+    """Images of some records, with `classes` as names of the labels. An item is an image (3, h, w)
+    uint8 and its target, as `SetCriterion` wants it. With `augment`, a set to train on:
     augment(epoch) is a list of transforms, and difficult objects are left out."""
     def __init__(self, records, classes, size, max_size, augment=None, seed=0):
         self.records, self.classes, self.size, self.max_size = records, classes, size, max_size
         self.augment, self.seed = augment, seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()     # seen by the workers
-        label_of, said = {name: label for label, name in enumerate(classes)}, Counter()
-        label_of |= {voc: label_of[coco] for voc, coco in COCO_NAMES.items()
-                     if coco in label_of and voc not in label_of}
+        label_of = {voc: classes.index(name) for voc, name in COCO_NAMES.items() if name in classes}
+        label_of |= {name: label for label, name in enumerate(classes)}
+        counts = Counter()
         for record in records:
-            known = [thing for thing in record["objects"] if thing[0] in label_of]
-            labels = torch.tensor([label_of[name] for name, _, _ in known], dtype=torch.int64)
-            boxes = torch.tensor([box for _, box, _ in known], dtype=torch.float32).view(-1, 4)
-            difficult = torch.tensor([hard for _, _, hard in known], dtype=torch.bool)
-            clipped = boxes.clamp(min=0).minimum(torch.tensor(record["size"][::-1] * 2))
-            keep = (clipped[:, 2:] > clipped[:, :2]).all(1)
-            record |= {"boxes": clipped[keep], "labels": labels[keep], "ignore": difficult[keep]}
-            said["of other classes left out"] += len(record["objects"]) - len(known)
-            said["clipped to their image"] += int((clipped != boxes)[keep].any(1).sum())
-            said["without area dropped"] += int((~keep).sum())
-            said["marked difficult"] += int(difficult[keep].sum())
-        count = sum(len(record["labels"]) for record in records)
-        odd = [record["path"] for record in records if record["odd"]]
-        self.summary = f"{len(records)} images, {count} objects"
-        self.summary += "".join(f"; {number} {what}" for what, number in said.items() if number)
-        self.summary += f"; {len(odd)} not of their <size>, such as {odd[0]}" if odd else ""
-        if augment and count == said["marked difficult"]:
+            rows = [[*box, label_of[name], difficult]
+                    for name, box, difficult in record["objects"] if name in label_of]
+            counts["of other classes left out"] += len(record["objects"]) - len(rows)
+            rows, (h, w) = torch.tensor(rows).view(-1, 6), record["size"]
+            boxes = rows[:, :4].clamp(min=0).minimum(torch.tensor([w, h, w, h]))
+            keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+            counts["clipped to their image"] += int((boxes != rows[:, :4])[keep].any(1).sum())
+            counts["without area dropped"] += int((~keep).sum())
+            counts["marked difficult"] += int(rows[keep, 5].sum())
+            record["boxes"], record["labels"] = boxes[keep], rows[keep, 4].long()
+            record["ignore"] = rows[keep, 5].bool()
+        objects = sum(len(record["labels"]) for record in records)
+        wrong = [record["path"] for record in records if record["wrong_size"]]
+        self.summary = f"{len(records)} images, {objects} objects"
+        self.summary += "".join(f"; {number} {what}" for what, number in counts.items() if number)
+        self.summary += f"; {len(wrong)} not of their <size>, such as {wrong[0]}" if wrong else ""
+        if augment and objects == counts["marked difficult"]:
             raise ValueError(f"nothing to train on: {self.summary}")
     def __len__(self):
         return len(self.records)
@@ -289,8 +286,8 @@ def collate(samples):
 
 # ---- Augmentation (A.4): change it by changing a list --------------------------------------------
 class RandomSizeCrop(v2.Transform):
-    """A window of `low` to `high` pixels a side, of the image resized to one of `sizes`. It is cut
-    out of the image as it is: each pixel is resized once, by what follows."""
+    """A window of `low` to `high` pixels a side, of the image resized to one of `sizes`. It is
+    cropped before resizing, which is left to what follows: each pixel is resized once."""
     def __init__(self, sizes, low, high):
         super().__init__()
         self.sizes, self.low, self.high = sizes, low, high
@@ -321,7 +318,7 @@ def from_scratch(epoch, epochs):
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
         v2.RandomIoUCrop(min_scale=0.6, min_aspect_ratio=1, max_aspect_ratio=1.6,
-                         sampler_options=[0.0, 0.0, 0.0, 1.0]),     # the whole image 1 time in 4
+                         sampler_options=[0.0, 0.0, 0.0, 1.0]),     # 1 image in 4 is not cropped
         v2.RandomShortestSize(size, max_size=2 * size),
         v2.ColorJitter(brightness=0.2, contrast=0.2),
         v2.SanitizeBoundingBoxes(),
@@ -342,18 +339,16 @@ def keep_known_classes(model, classes):
     head, known = model.class_embed, {name: label for label, name in enumerate(model.classes)}
     rows = [known.get(name, known.get(COCO_NAMES.get(name))) for name in classes]
     model.class_embed = nn.Linear(head.in_features, len(classes) + 1).to(head.weight.device)
-    with torch.no_grad():
-        for new, old in enumerate([*rows, len(model.classes)]):
-            if old is not None:
-                model.class_embed.weight[new] = head.weight[old]
-                model.class_embed.bias[new] = head.bias[old]
+    for new, old in enumerate([*rows, len(model.classes)]):
+        if old is not None:
+            model.class_embed.weight.data[new] = head.weight.data[old]
+            model.class_embed.bias.data[new] = head.bias.data[old]
     model.classes = list(classes)
     return [name for name, old in zip(classes, rows) if old is None]
 
 # ---- Training and evaluation ---------------------------------------------------------------------
 def predict(model, batch, args, part=slice(None)):
-    """Outputs for a part of a batch (images, mask, targets), and its targets on the device. Bytes
-    cross to it, and are normalised there."""
+    """Outputs for a part of a batch, and its targets on the device, where bytes are normalised."""
     images, mask, targets = batch[0][part], batch[1], batch[2][part]
     images = normalize(images.to(args.device, non_blocking=True))
     if mask is not None:
@@ -366,9 +361,8 @@ def predict(model, batch, args, part=slice(None)):
 
 def gather(value):
     """The values of all processes, in order of rank."""
-    values = [value]
-    if dist.is_initialized():
-        values = [None] * dist.get_world_size()
+    values = [value] * int(os.environ.get("WORLD_SIZE", 1))
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
@@ -377,8 +371,7 @@ def averages(sums, weights):
     total = Counter()
     for part in gather({name: float(value) for name, value in sums.items()}):
         total.update(part)
-    steps = total.pop("steps")
-    plain = {name: value / steps for name, value in total.items()}
+    plain = {name: value / total["steps"] for name, value in total.items() if name != "steps"}
     scaled = {name: weight * value for name, value in plain.items()
               for loss, weight in weights.items() if name.startswith(loss)}
     return {"loss": sum(scaled.values()), "class_error": plain["class_error"], **scaled,
@@ -435,35 +428,30 @@ IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 
 def coco_ap(predictions, targets, num_classes):
-    """COCO's box metrics, as `pycocotools` computes them.
-
+    """COCO's box metrics, as `pycocotools` computes them: AP, AP50, AP75, APs, APm, APl, AR1, AR10,
+    AR100, ARs, ARm, ARl as fractions, -1 if nothing is counted, and AP50_per_class, a list.
     predictions: one dict an image, `scores` (n,), `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels.
     targets: one dict an image, `labels` (m,), `boxes` (m, 4), and `ignore` (m,) bool if objects are
-    neither to be found nor wrong to find. Returns AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100,
-    ARs, ARm, ARl as fractions, -1 if nothing is counted, and AP50_per_class, a list."""
-    positives, parts = np.zeros((num_classes, len(AREAS)), int), [match_boxes({}, {})[:5]]
-    for prediction, target in zip(predictions, targets, strict=True):
-        *part, true_labels, counts = match_boxes(prediction, target)
-        np.add.at(positives, true_labels, counts.T)
-        parts.append(part)
-    scores, labels, ranks, hits, ignored = (np.concatenate(part, -1) for part in zip(*parts))
-    by_score = np.argsort(-scores, kind="stable")
+    neither to be found nor wrong to find."""
+    nothing = {"scores": (), "labels": (), "boxes": ()}     # one image more: there may be none
+    pairs = list(zip([nothing, *predictions], [nothing, *targets], strict=True))
     precision = -np.ones((len(IOUS), len(RECALLS), num_classes, len(AREAS)))
     recall = -np.ones((3, len(IOUS), num_classes, len(AREAS)))      # of 1, 10, 100 an image
-    for label, area in zip(*np.nonzero(positives)):
-        order = by_score[labels[by_score] == label]
-        for k, most in enumerate((1, 10, 100)):
-            few = order[ranks[order] < most]
-            hit, counts = hits[area][:, few], ~ignored[area][:, few]
-            true, false = np.cumsum(hit & counts, 1), np.cumsum(~hit & counts, 1)   # (T, D)
-            found = true / positives[label, area]
-            recall[k, :, label, area] = found[:, -1] if len(few) else 0
-        exact = true / (true + false + np.spacing(1))
-        exact = np.maximum.accumulate(exact[:, ::-1], 1)[:, ::-1]   # highest at this recall or above
-        for t in range(len(IOUS)):
-            at = np.searchsorted(found[t], RECALLS, side="left")
-            precision[t, :, label, area] = np.append(exact[t], 0)[at]
-
+    for label in range(num_classes):
+        parts = zip(*(match_boxes(*pair, label) for pair in pairs))
+        scores, ranks, outcomes, positives = (np.concatenate(part, -1) for part in parts)
+        by_score = np.argsort(-scores, kind="stable")
+        ranks, outcomes, positives = ranks[by_score], outcomes[..., by_score], positives.sum(1)
+        for area in np.flatnonzero(positives):
+            hit, miss = outcomes[area] == 1, outcomes[area] == 0            # (T, D) each
+            for k, most in enumerate((1, 10, 100)):
+                recall[k, :, label, area] = hit[:, ranks < most].sum(1) / positives[area]
+            true, false = hit.cumsum(1), miss.cumsum(1)
+            exact = true / (true + false + np.spacing(1))
+            exact = np.maximum.accumulate(exact[:, ::-1], 1)[:, ::-1]      # at this recall or above
+            for t, found in enumerate(true / positives[area]):
+                at = np.searchsorted(found, RECALLS)
+                precision[t, :, label, area] = np.append(exact[t], 0)[at]
     def mean(values):
         return float(values[values > -1].mean()) if (values > -1).any() else -1.0
     result = {"AP": precision, "AP50": precision[0], "AP75": precision[5]}
@@ -473,40 +461,35 @@ def coco_ap(predictions, targets, num_classes):
     result |= {f"AR{name}": mean(recall[2, ..., i]) for i, name in enumerate(AREAS) if name}
     return result | {"AP50_per_class": [mean(precision[0, :, k, 0]) for k in range(num_classes)]}
 
-def match_boxes(prediction, target):
-    """Greedy matching within the classes of one image, for A areas and T thresholds. Returns, the
-    best first, the scores (D,), labels (D,), ranks within the class (D,), hits (A, T, D) and which
-    of them are ignored (A, T, D); the true labels (G,), and which of those count (A, G)."""
-    labels, scores, boxes = (np.asarray(prediction.get(name, ()), float)
-                             for name in ("labels", "scores", "boxes"))
-    true_labels, crowd, true_boxes = (np.asarray(target.get(name, ()), float)
-                                      for name in ("labels", "ignore", "boxes"))
-    crowd = np.zeros(len(true_labels), bool) if len(crowd) < len(true_labels) else crowd > 0
-    order = np.argsort(-scores, kind="stable")
-    ranks = np.tril(labels[order, None] == labels[order], -1).sum(1)
-    order, ranks = order[ranks < 100], ranks[ranks < 100]
-    boxes, true_boxes = boxes.reshape(-1, 4)[order], true_boxes.reshape(-1, 4)
-    least, most = np.array(list(AREAS.values())).T[..., None]       # (A, 1) each
+def match_boxes(prediction, target, label):
+    """Greedy matching of one class in one image, for A areas and T thresholds. Returns, the best
+    first, scores (D,), ranks (D,) and outcomes (A, T, D), 1 hit, 0 miss, -1 ignored; and how many
+    objects count (A, 1)."""
+    mine, true = (np.asarray(part["labels"]) == label for part in (prediction, target))
+    scores, crowd = np.asarray(prediction["scores"], float)[mine], target.get("ignore", 0 * true)
+    crowd = np.asarray(crowd, bool)[true]
+    order = np.argsort(-scores, kind="stable")[:100]
+    boxes = np.asarray(prediction["boxes"], float).reshape(-1, 4)[mine][order]
+    true_boxes = np.asarray(target["boxes"], float).reshape(-1, 4)[true]
     area, true_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, true_boxes))
+    least, most = np.array(list(AREAS.values())).T[..., None]       # (A, 1) each
     skip = crowd | (true_area < least) | (true_area > most)         # (A, G)
-    ignored = ((area < least) | (area > most))[:, None].repeat(len(IOUS), 1)        # (A, T, D)
-    hits, free = np.zeros_like(ignored), np.ones((len(AREAS), len(IOUS), len(true_boxes)), bool)
+    outcomes = -((area < least) | (area > most)).astype(np.int8)    # (A, D)
+    outcomes = outcomes[:, None].repeat(len(IOUS), 1)               # (A, T, D)
+    free = np.ones((len(AREAS), len(IOUS), len(true_boxes)), bool)  # (A, T, G)
     overlap = (np.minimum(boxes[:, None, 2:], true_boxes[:, 2:])
                - np.maximum(boxes[:, None, :2], true_boxes[:, :2])).clip(0).prod(2)
-    union = np.where(crowd, area[:, None], area[:, None] + true_area - overlap)     # (D, G)
-    iou = np.where(labels[order, None] == true_labels, overlap / union, -1)
+    iou = overlap / np.where(crowd, area[:, None], area[:, None] + true_area - overlap)     # (D, G)
     for d in np.flatnonzero((iou >= IOUS[0]).any(1)):
-        near = np.flatnonzero(iou[d] >= IOUS[0])                    # (G',), few
-        can = (free[..., near] | crowd[near]) & (iou[d, near] >= IOUS[:, None])     # (A, T, G')
-        prefer = can & ~skip[:, None, near]                         # one that counts goes first
+        can = (free | crowd) & (iou[d] >= IOUS[:, None])            # (A, T, G)
+        prefer = can & ~skip[:, None]                               # one that counts goes first
         can = np.where(prefer.any(2, keepdims=True), prefer, can)
-        last = np.where(can, iou[d, near], -1)[..., ::-1].argmax(2)         # of equals, the last
-        best = near[len(near) - 1 - last]                           # (A, T)
-        hits[..., d] = can.any(2)
-        a, t = np.nonzero(hits[..., d])
+        best = np.where(can, iou[d], -1)[..., ::-1].argmax(2)       # (A, T); of equals, the last
+        best = len(crowd) - 1 - best
+        a, t = np.nonzero(can.any(2))
         free[a, t, best[a, t]] = False
-        ignored[a, t, d] = skip[a, best[a, t]]
-    return scores[order], labels[order], ranks, hits, ignored, true_labels.astype(int), ~skip
+        outcomes[a, t, d] = np.where(skip[a, best[a, t]], -1, 1)
+    return scores[order], np.arange(len(order)), outcomes, (~skip).sum(1, keepdims=True)
 
 # ---- Pictures ------------------------------------------------------------------------------------
 def draw_curves(history):
@@ -516,59 +499,51 @@ def draw_curves(history):
     figure = Figure((16, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 4).flat, names):
         for part, line, label in (("train", "-", "training"), ("test", "--", "validation")):
-            points = [(entry["epoch"] + 1, entry[f"{part}_{name}"]) for entry in history
-                      if f"{part}_{name}" in entry]
+            points = {entry["epoch"] + 1: entry[f"{part}_{name}"] for entry in history
+                      if f"{part}_{name}" in entry}
             if name == "coco_eval_bbox":
-                points, label = [(x, y[:3]) for x, y in points], ("AP", "AP50", "AP75")
-            axes.plot(*zip(*points), line, label=label) if points else None
+                points, label = {x: y[:3] for x, y in points.items()}, ("AP", "AP50", "AP75")
+            if points:
+                axes.plot(list(points), list(points.values()), line, label=label)
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return figure
 
 def draw_detections(data, predictions, threshold=0.7):
-    """Six images from all over the set, with what was found in them, as one picture."""
-    (width, height), chosen = (800, 600), sorted({i * len(data) // 6 for i in range(6)})
-    sheet = Image.new("RGB", (3 * width, -(-len(chosen) // 3) * height), "white")
-    for k, i in enumerate(chosen):
+    """Six images from all over the set, with what was found in them, as a figure."""
+    figure = Figure((24, 12), layout="constrained")
+    panels = figure.subplots(2, 3, subplot_kw=dict(frame_on=False, xticks=[], yticks=[])).flat
+    for axes, i in zip(panels, sorted({i * len(data) // 6 for i in range(6)})):
         keep, record = predictions[i]["scores"] > threshold, data.records[i]
         found = {name: value[keep] for name, value in predictions[i].items()}
         found["names"] = [data.classes[label] for label in found["labels"]]
-        drawn = draw(open_image(record["path"], record["upright"]), found)
-        drawn = ImageOps.pad(drawn, (width, height), color="white")
-        sheet.paste(drawn, (k % 3 * width, k // 3 * height))
-    return sheet
+        axes.imshow(draw(open_image(record["path"], record["upright"]), found))
+    return figure
 
 # ---- The run -------------------------------------------------------------------------------------
 def arguments(argv):
     parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any "
-        "folder with images and XML files (default: data/VOCdevkit, fetched if missing: 2 GB)")
-    add("--train", nargs="+", metavar="NAME", help="sets to train on (default: train; of a "
-        "VOCdevkit with several years 2012_train)")
+    add("--data", type=Path, metavar="DIR", help="a VOCdevkit, or any folder with images and XML "
+        "files (default: data/VOCdevkit, fetched if missing: 2 GB)")
+    add("--train", nargs="+", metavar="NAME", help="sets to train on (default: train, 2012_train)")
     add("--val", nargs="+", metavar="NAME", help="sets to evaluate on (default: val, 2012_val)")
-    add("--classes", metavar="A,B,...", help="the classes, in the order of their labels; objects "
-        "of others are left out (default: those of the data, sorted)")
+    add("--classes", metavar="A,B,...", help="classes to find (default: all in the data, sorted)")
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo, a checkpoint "
         "file, or tiny, a small detector from scratch (default: detr_resnet50)")
     add("--epochs", type=int, metavar="N", help="default: 40; tiny 480")
-    add("--count-difficult", action="store_true", help="evaluate objects marked difficult like any "
-        "other (default: neither hit nor miss)")
+    add("--count-difficult", action="store_true", help="evaluate difficult objects like any other")
     add("--batch-size", type=int, metavar="N", help="images a step, of all processes (default 16)")
-    add("--accumulate", type=int, default=1, metavar="N",
-        help="compute each step in N parts, if memory is short (default 1)")
-    add("--lr", type=float, metavar="F", help="learning rate (default: 1e-4, and a tenth of it for "
-        "the backbone; tiny 1.2e-3 for all)")
-    add("--output", type=Path, default=Path("outputs"), metavar="DIR",
-        help="where checkpoints, log and pictures go (default: %(default)s)")
+    add("--accumulate", type=int, default=1, metavar="N", help="parts of a step, to save memory")
+    add("--lr", type=float, metavar="F", help="learning rate (default: 1e-4; tiny 1.2e-3)")
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
     add("--resume", action="store_true", help="go on from checkpoint.pth in --output")
     add("--eval", action="store_true", help="evaluate the model on --val and stop")
-    add("--seed", type=int, metavar="N", help="of order, augmentation and new weights (default 0)")
+    add("--seed", type=int, metavar="N", help="of order, augmentation, new weights (default 0)")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
-    add("--workers", type=int, metavar="N", help="processes that load images (default: one a core, "
-        "16 at most; 1 without a GPU)")
+    add("--workers", type=int, metavar="N", help="processes that load images")
     return parser.parse_args(argv)
 
 def run(args):
@@ -580,8 +555,8 @@ def run(args):
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", args.device.index or 0)))
         args.device = torch.device("cuda", torch.cuda.current_device())
-        new = torch.cuda.get_device_capability()[0] >= 8
-        args.dtype = torch.bfloat16 if new else torch.float16
+        recent = torch.cuda.get_device_capability()[0] >= 8
+        args.dtype = torch.bfloat16 if recent else torch.float16
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
 
@@ -593,10 +568,9 @@ def run(args):
     saved = resumed.get("settings", {})
     args.model = args.model or saved.get("model", "detr_resnet50")
     recipe, source = TINY if args.model == "tiny" else FINE_TUNE, file if resumed else args.model
+    given = {name: value for name, value in vars(args).items() if value is not None}
     workers = min(16, os.cpu_count()) if cuda else 1
-    for name, value in {**recipe, "seed": 0, "workers": workers, **saved}.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    vars(args).update({**recipe, "seed": 0, "workers": workers, **saved, **given})
     if args.eval and source == "tiny":
         raise ValueError("tiny starts untrained: name a file, such as --model outputs/best.pth")
     if min(args.epochs, args.batch_size, args.accumulate) < 1:
@@ -604,27 +578,22 @@ def run(args):
     torch.manual_seed(args.seed)
 
     # The data: found, read and checked.
-    data, latest = Path(os.path.abspath(args.data or "data/VOCdevkit")), ""
+    data = Path(os.path.abspath(args.data or "data/VOCdevkit"))
     if args.data is None and rank == 0:
         fetch_voc(data.parent, (args.val or ["2012_val"])
                   + (args.train or ["2012_train"]) * (not args.eval))
-    if world > 1:
-        dist.barrier()
-    while years := sorted(path for path in data.glob("VOC*") if path.is_dir()):
-        if len(years) > 1:
-            latest = years[-1].name[3:] + "_"
-            break
+    gather(None)        # the other processes wait for the first
+    while len(years := [path for path in sorted(data.glob("VOC*")) if path.is_dir()]) == 1:
         data = years[0]
+    latest = f"{years[-1].name[3:]}_" if years else ""
     xmls, images = find_files(data)
-
     def records(title, names, every=False):
         found = [xml for name in names for xml in find_set(data, xmls, name, args.seed, every)]
         return read_set(title, list(dict.fromkeys(found)), images)
     val = records("val", args.val or [latest + "val"], args.eval and not args.val)
     train = [] if args.eval else records("train", args.train or [latest + "train"])
     classes = sorted({name for record in train + val for name, _, _ in record["objects"]})
-    if args.classes:
-        classes = [name.strip() for name in args.classes.split(",")]
+    classes = [name.strip() for name in args.classes.split(",")] if args.classes else classes
     classes = resumed.get("classes", classes)
 
     # The model, with a head for these classes; to evaluate, with the head that it has.
@@ -632,10 +601,10 @@ def run(args):
     if args.model == "tiny" and not args.eval:
         model = tiny(len(classes))
     else:
-        headless = "class_embed.bias" not in read_checkpoint(source)["model"]
-        model = load_detr(source, num_classes=len(classes) if headless and not args.eval else None)
-        nameless = model.classes == [f"class {label}" for label in range(len(classes))]
-        if not (args.eval or headless or nameless or model.classes == classes):
+        headless = not args.eval and "class_embed.bias" not in read_checkpoint(source)["model"]
+        model = load_detr(source, num_classes=len(classes) if headless else None)
+        unnamed = [f"class {label}" for label in range(len(classes))]
+        if not args.eval and model.classes not in (classes, unnamed):
             new = keep_known_classes(model, classes)
     classes = model.classes if args.eval else classes
     model.classes, model.aux_loss = classes, True
@@ -643,12 +612,10 @@ def run(args):
     criterion = SetCriterion(len(classes), HungarianMatcher()).to(args.device)
     most = max(len(record["objects"]) for record in train + val)
     if not args.eval:
-        augment = from_scratch if recipe is TINY else paper
-        train = VOC(train, classes, model.size, model.max_size,
-                    lambda epoch: augment(epoch, args.epochs), args.seed)
-        annotated = {key(xml.name) for xml in xmls}
-        others = sum(len(paths) for name, paths in images.items() if name not in annotated)
-        log(f"train: {train.summary}" + f"; {others} images without XML" * (others > 0))
+        augment = partial(from_scratch if recipe is TINY else paper, epochs=args.epochs)
+        train = VOC(train, classes, model.size, model.max_size, augment, args.seed)
+        alone = images.keys() - {key(xml.name) for xml in xmls}
+        log(f"train: {train.summary}" + f"; {len(alone)} images without XML" * bool(alone))
         args.batch_size = min(args.batch_size, len(train))
     val = VOC(val, classes, model.size, model.max_size)
     log(f"val: {val.summary}\nclasses: {', '.join(name for name in classes if name != 'N/A')}")
@@ -669,23 +636,20 @@ def run(args):
     # What training needs, and what a resumed run has to find again.
     sampler = DistributedSampler(train, world, rank, seed=args.seed, drop_last=True)
     train_loader = DataLoader(train, sampler=sampler, drop_last=True, **options)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for name, p in model.named_parameters()
-                     if p.requires_grad and name.startswith("backbone") == backbone], "lr": lr}
-         for backbone, lr in ((False, args.lr), (True, args.lr * args.lr_backbone))],
-        betas=(0.9, args.beta2), weight_decay=1e-4, fused=True)
+    others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
+    backbone = {"params": model.backbone.parameters(), "lr": args.lr * args.lr_backbone}
+    optimizer = torch.optim.AdamW([{"params": others}, backbone], args.lr, (0.9, args.beta2),
+                                  weight_decay=1e-4, fused=True)
     steps = args.epochs * len(train_loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: args.rate(step / steps))
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    state = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    first, best, history = 0, -1.0, []
-    if resumed:
-        rates = schedule.base_lrs
-        model.load_state_dict(resumed["model"])
-        for name, part in state.items():
-            part.load_state_dict(resumed[name])
-        schedule.base_lrs = rates       # --lr, if it is given anew
-        first, best, history = resumed["epoch"] + 1, resumed["best"], resumed["history"]
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    rates = schedule.base_lrs
+    for name, part in state.items() if resumed else ():
+        part.load_state_dict(resumed[name])
+    schedule.base_lrs = rates           # --lr, if it is given anew
+    first, best = resumed.get("epoch", -1) + 1, resumed.get("best", -1.0)
+    history = resumed.get("history", [])
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(f"{n_parameters / 1e6:.1f} M parameters to train, {args.batch_size} images a step, "
         f"learning rate {args.lr:g}, backbone {args.lr * args.lr_backbone:g}")
@@ -695,7 +659,6 @@ def run(args):
     settings = {name: getattr(args, name)
                 for name in ("model", "epochs", "batch_size", "lr", "seed")}
     began = time.time()
-
     for epoch in range(first, args.epochs):
         start, title = time.time(), f"epoch {epoch + 1}/{args.epochs}"
         sampler.set_epoch(epoch)
@@ -712,29 +675,25 @@ def run(args):
         entry = {"epoch": epoch, "n_parameters": n_parameters, "images_per_s": speed,
                  "peak_memory_gib": memory, "train_lr": optimizer.param_groups[0]["lr"]}
         entry |= {f"train_{name}": value for name, value in losses.items()}
-        evaluated = (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == args.epochs
-        improved = False
-        if evaluated:
+        history.append(entry)
+        about = {"epoch": epoch, "classes": classes, "config": config}
+        if (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == args.epochs:
             losses, ap, predictions = evaluate(model, criterion, val_loader, val, args)
             entry |= {f"test_{name}": value for name, value in losses.items()}
             *entry["test_coco_eval_bbox"], entry["test_ap50_per_class"] = ap.values()
             line += f"  val loss {losses['loss']:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}"
-            improved, best = ap["AP"] > best, max(best, ap["AP"])
-        history.append(entry)
+            if rank == 0:
+                save(args.output / "curves.png", draw_curves(history).savefig)
+                save(args.output / "detections.png", draw_detections(val, predictions).savefig)
+            if rank == 0 and ap["AP"] > best:       # for use: half the bytes
+                half = {name: value.half() if value.is_floating_point() else value
+                        for name, value in model.state_dict().items()}
+                save(args.output / "best.pth", partial(torch.save, {"model": half, **about}))
+            best = max(best, ap["AP"])
         if rank == 0:
-            about = {"epoch": epoch, "classes": classes, "config": config}
-            weights = model.state_dict()
-            if evaluated:
-                curves, sheet = draw_curves(history), draw_detections(val, predictions)
-                save(args.output / "curves.png", lambda file: curves.savefig(file, format="png"))
-                save(args.output / "detections.png", lambda file: sheet.save(file, "PNG"))
-            if improved:        # for use: half the bytes
-                half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-                best_file = {"model": half, **about}
-                save(args.output / "best.pth", lambda file: torch.save(best_file, file))
-            whole = {"model": weights, **about, "best": best, "history": history,
-                     "settings": settings, **{k: part.state_dict() for k, part in state.items()}}
-            save(args.output / "checkpoint.pth", lambda file: torch.save(whole, file))
+            checkpoint = {name: part.state_dict() for name, part in state.items()}
+            checkpoint |= {**about, "best": best, "history": history, "settings": settings}
+            save(args.output / "checkpoint.pth", partial(torch.save, checkpoint))
             lines = [f"{json.dumps(entry)}\n".encode() for entry in history]
             save(args.output / "log.txt", lambda file: file.writelines(lines))
         left = (time.time() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1)
@@ -751,7 +710,7 @@ def main(argv=None):
         hint = ": raise --accumulate, and --resume" if "out of memory" in message else ""
         print(f"train_voc.py: error: {message}{hint}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("train_voc.py: stopped; --resume goes on from the last whole epoch", file=sys.stderr)
+        print("train_voc.py: stopped; --resume goes on from the last full epoch", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
