@@ -41,7 +41,7 @@ FINE_TUNE = dict(           # COCO's DETR on other images, with the paper's valu
     batch_size=16,          # images a step, over all processes
     lr=1e-4,
     lr_backbone=0.1,        # times lr
-    rate=lambda done: 0.1 if done >= 0.75 else 1,       # times lr; done: the share of the run
+    rate=lambda step, steps: 0.1 if step >= 0.75 * steps else 1,    # times lr
     beta2=0.999,            # of AdamW
     evaluate_every=1,       # epochs
 )
@@ -50,7 +50,7 @@ TINY = dict(                # 2.2 M parameters from scratch, on a CPU
     batch_size=16,
     lr=1.2e-3,
     lr_backbone=1,
-    rate=lambda done: min(1, done / 0.15, (1 - done) / 0.4),
+    rate=lambda step, steps: min(1, step / 1000, 2.5 * (1 - step / steps)),
     beta2=0.98,
     evaluate_every=10,
 )
@@ -107,8 +107,10 @@ def fetch_voc(data, names):
 
 def key(name):
     """What an image and its annotation share: a file's name without endings, 1 of 1.jpg.xml."""
-    endings = "|".join(map(re.escape, (".xml", *SUFFIXES)))
-    return re.sub(f"({endings}){{1,2}}$", "", name, flags=re.IGNORECASE)
+    for _ in range(2):
+        stem, ending = os.path.splitext(name)
+        name = stem if ending.lower() == ".xml" or ending.lower() in SUFFIXES else name
+    return name
 
 def find_files(data):
     """A folder's annotations, [Path], and its images by key, {key: [Path]}. Hidden files, __MACOSX
@@ -140,15 +142,13 @@ def read_list(path, xmls):
         if len(named) > 1:
             named = [xml for xml in named if xml.parent.name in (file.parent.name, "Annotations")]
         if len(named) != 1:
-            raise ValueError(f"{path}: {len(named)} annotations (XML files) for {line!r}: there "
-                             "must be one; add it, or take the line out")
+            raise ValueError(f"{path}: {len(named)} XML files for {line!r}: there must be one")
         found += named
     return found
 
 def find_set(data, xmls, name, seed, every=False):
     """The annotations of ImageSets/Main/NAME.txt, else of a folder NAME; else, if there is neither
-    train nor val, a seeded fifth of all (val), the rest (train) or `every` one. Of a VOCdevkit,
-    2012_train is the train of VOC2012. Raises ValueError."""
+    train nor val, a fifth (val), the rest (train) or `every` one. 2012_train: train of VOC2012."""
     year, _, rest = name.partition("_")
     of_year = data if data.name == f"VOC{year}" else data / f"VOC{year}"
     if of_year.is_dir():
@@ -190,9 +190,8 @@ def find_image(xml, filename, images):
 
 # ---- Data: what is checked before the first step, and how an image is read ----------------------
 def read_record(xml, images):
-    """An annotation and its image, checked: the image's `path`, whether to turn it `upright`, its
-    `size` (h, w), whether `<size>` is another, and `objects` [(class, [x0, y0, x1, y1], difficult)]
-    in pixels from 0. VOC's count from 1 and include the last. Raises ValueError."""
+    """An annotation, checked: its image's `path`, `upright` (turned by its EXIF), `size` (h, w) and
+    `objects` [(class, box, difficult)], x0 y0 x1 y1 pixels from 0; VOC's are from 1. ValueError."""
     try:
         root, objects = ElementTree.parse(xml).getroot(), []
         for node in root.iter("object"):
@@ -202,12 +201,12 @@ def read_record(xml, images):
                 raise ValueError("a coordinate is not a finite number")
             difficult = node.findtext("difficult", "").strip() == "1"
             objects.append((node.findtext("name").strip(), [x0 - 1, y0 - 1, x1, y1], difficult))
-        if objects and all(value <= 1 for _, box, _ in objects for value in box):
+        if objects and max(value for _, box, _ in objects for value in box) <= 1:
             raise ValueError("boxes are relative to the image, 0 to 1; VOC's are in pixels")
         given = tuple(float(root.findtext(f"size/{side}") or 0) for side in ("width", "height"))
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{xml}: not a VOC annotation ({error}): each object needs a name and a "
-                         "bndbox of xmin, ymin, xmax, ymax") from error
+        need = "each object needs a name and a bndbox of xmin, ymin, xmax, ymax"
+        raise ValueError(f"{xml}: not a VOC annotation ({error}): {need}") from error
     path = find_image(xml, root.findtext("filename", ""), images)
     try:
         with Image.open(path) as image:
@@ -215,8 +214,7 @@ def read_record(xml, images):
             image.draft("L", (1, 1))    # an eighth of a JPEG's pixels, quick to decode, is enough
             image.load()                # to find one that is cut off
     except UNREADABLE as error:
-        raise ValueError(f"{path}: not a readable image ({error}): replace it, or take it out of "
-                         "the set") from error
+        raise ValueError(f"{path}: not a readable image ({error}): replace it") from error
     upright = not turned or w == h or given != (w, h)
     w, h = (h, w) if turned and upright else (w, h)
     return {"path": path, "upright": upright, "size": (h, w), "objects": objects,
@@ -231,8 +229,7 @@ def read_set(title, xmls, images):
         return list(progress(f"read {title}", records, len(xmls)))
 
 class VOC(Dataset):
-    """Images of some records, with `classes` as names of the labels. An item is an image (3, h, w)
-    uint8 and its target, as `SetCriterion` wants it. With `augment`, a set to train on:
+    """Images (3, h, w) uint8 and their targets; `classes` are the names of the labels. To train on,
     augment(epoch) is a list of transforms, and difficult objects are left out."""
     def __init__(self, records, classes, size, max_size, augment=None, seed=0):
         self.records, self.classes, self.size, self.max_size = records, classes, size, max_size
@@ -253,8 +250,8 @@ class VOC(Dataset):
             counts["marked difficult"] += int(rows[keep, 5].sum())
             record["boxes"], record["labels"] = boxes[keep], rows[keep, 4].long()
             record["ignore"] = rows[keep, 5].bool()
-        objects = sum(len(record["labels"]) for record in records)
         wrong = [record["path"] for record in records if record["wrong_size"]]
+        objects = sum(len(record["labels"]) for record in records)
         self.summary = f"{len(records)} images, {objects} objects"
         self.summary += "".join(f"; {number} {what}" for what, number in counts.items() if number)
         self.summary += f"; {len(wrong)} not of their <size>, such as {wrong[0]}" if wrong else ""
@@ -404,8 +401,7 @@ def train_one_epoch(model, criterion, optimizer, schedule, scaler, loader, title
 
 @torch.inference_mode()
 def evaluate(model, criterion, loader, data, args):
-    """Averages of the losses, COCO's AP, and the predictions for all images of `data`, of which
-    each process has its share in `loader`."""
+    """Averages of the losses, COCO's AP, and predictions for `data`; `loader` has a part of it."""
     model.eval()
     criterion.eval()
     sums, found = Counter(), {}
@@ -431,27 +427,30 @@ def coco_ap(predictions, targets, num_classes):
     """COCO's box metrics, as `pycocotools` computes them: AP, AP50, AP75, APs, APm, APl, AR1, AR10,
     AR100, ARs, ARm, ARl as fractions, -1 if nothing is counted, and AP50_per_class, a list.
     predictions: one dict an image, `scores` (n,), `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels.
-    targets: one dict an image, `labels` (m,), `boxes` (m, 4), and `ignore` (m,) bool if objects are
-    neither to be found nor wrong to find."""
-    nothing = {"scores": (), "labels": (), "boxes": ()}     # one image more: there may be none
-    pairs = list(zip([nothing, *predictions], [nothing, *targets], strict=True))
+    targets: one dict an image, `labels` (m,), `boxes` (m, 4), and `ignore` (m,) bool for objects
+    that are neither to be found nor wrong to find."""
+    positives, parts = np.zeros((num_classes, len(AREAS)), int), [match_boxes({}, {})[:5]]
+    for prediction, target in zip(predictions, targets, strict=True):
+        *part, true_labels, counts = match_boxes(prediction, target)
+        np.add.at(positives, true_labels, counts.T)
+        parts.append(part)
+    scores, labels, ranks, hits, ignored = (np.concatenate(part, -1) for part in zip(*parts))
+    by_score = np.argsort(-scores, kind="stable")
     precision = -np.ones((len(IOUS), len(RECALLS), num_classes, len(AREAS)))
     recall = -np.ones((3, len(IOUS), num_classes, len(AREAS)))      # of 1, 10, 100 an image
-    for label in range(num_classes):
-        parts = zip(*(match_boxes(*pair, label) for pair in pairs))
-        scores, ranks, outcomes, positives = (np.concatenate(part, -1) for part in parts)
-        by_score = np.argsort(-scores, kind="stable")
-        ranks, outcomes, positives = ranks[by_score], outcomes[..., by_score], positives.sum(1)
-        for area in np.flatnonzero(positives):
-            hit, miss = outcomes[area] == 1, outcomes[area] == 0            # (T, D) each
-            for k, most in enumerate((1, 10, 100)):
-                recall[k, :, label, area] = hit[:, ranks < most].sum(1) / positives[area]
-            true, false = hit.cumsum(1), miss.cumsum(1)
-            exact = true / (true + false + np.spacing(1))
-            exact = np.maximum.accumulate(exact[:, ::-1], 1)[:, ::-1]      # at this recall or above
-            for t, found in enumerate(true / positives[area]):
-                at = np.searchsorted(found, RECALLS)
-                precision[t, :, label, area] = np.append(exact[t], 0)[at]
+    for label, area in zip(*np.nonzero(positives)):
+        order = by_score[labels[by_score] == label]
+        for k, most in enumerate((1, 10, 100)):
+            few = order[ranks[order] < most]
+            hit, counts = hits[area][:, few], ~ignored[area][:, few]
+            true, false = np.cumsum(hit & counts, 1), np.cumsum(~hit & counts, 1)   # (T, D)
+            found = true / positives[label, area]
+            recall[k, :, label, area] = found[:, -1] if len(few) else 0
+        exact = true / (true + false + np.spacing(1))
+        exact = np.maximum.accumulate(exact[:, ::-1], 1)[:, ::-1]   # at this recall or above
+        for t in range(len(IOUS)):
+            at = np.searchsorted(found[t], RECALLS, side="left")
+            precision[t, :, label, area] = np.append(exact[t], 0)[at]
     def mean(values):
         return float(values[values > -1].mean()) if (values > -1).any() else -1.0
     result = {"AP": precision, "AP50": precision[0], "AP75": precision[5]}
@@ -461,35 +460,40 @@ def coco_ap(predictions, targets, num_classes):
     result |= {f"AR{name}": mean(recall[2, ..., i]) for i, name in enumerate(AREAS) if name}
     return result | {"AP50_per_class": [mean(precision[0, :, k, 0]) for k in range(num_classes)]}
 
-def match_boxes(prediction, target, label):
-    """Greedy matching of one class in one image, for A areas and T thresholds. Returns, the best
-    first, scores (D,), ranks (D,) and outcomes (A, T, D), 1 hit, 0 miss, -1 ignored; and how many
-    objects count (A, 1)."""
-    mine, true = (np.asarray(part["labels"]) == label for part in (prediction, target))
-    scores, crowd = np.asarray(prediction["scores"], float)[mine], target.get("ignore", 0 * true)
-    crowd = np.asarray(crowd, bool)[true]
-    order = np.argsort(-scores, kind="stable")[:100]
-    boxes = np.asarray(prediction["boxes"], float).reshape(-1, 4)[mine][order]
-    true_boxes = np.asarray(target["boxes"], float).reshape(-1, 4)[true]
-    area, true_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, true_boxes))
+def match_boxes(prediction, target):
+    """Greedy matching within the classes of one image, for A areas and T thresholds. Returns, the
+    best first, the scores (D,), labels (D,), ranks within the class (D,), hits (A, T, D) and which
+    of them are ignored (A, T, D); the true labels (G,), and which of those count (A, G)."""
+    labels, scores, boxes = (np.asarray(prediction.get(name, ()), float)
+                             for name in ("labels", "scores", "boxes"))
+    true_labels, crowd, true_boxes = (np.asarray(target.get(name, ()), float)
+                                      for name in ("labels", "ignore", "boxes"))
+    crowd = np.zeros(len(true_labels), bool) if len(crowd) < len(true_labels) else crowd > 0
+    order = np.argsort(-scores, kind="stable")
+    ranks = np.tril(labels[order, None] == labels[order], -1).sum(1)
+    order, ranks = order[ranks < 100], ranks[ranks < 100]
+    boxes, true_boxes = boxes.reshape(-1, 4)[order], true_boxes.reshape(-1, 4)
     least, most = np.array(list(AREAS.values())).T[..., None]       # (A, 1) each
+    area, true_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, true_boxes))
     skip = crowd | (true_area < least) | (true_area > most)         # (A, G)
-    outcomes = -((area < least) | (area > most)).astype(np.int8)    # (A, D)
-    outcomes = outcomes[:, None].repeat(len(IOUS), 1)               # (A, T, D)
-    free = np.ones((len(AREAS), len(IOUS), len(true_boxes)), bool)  # (A, T, G)
+    ignored = ((area < least) | (area > most))[:, None].repeat(len(IOUS), 1)        # (A, T, D)
+    hits, free = np.zeros_like(ignored), np.ones((len(AREAS), len(IOUS), len(true_boxes)), bool)
     overlap = (np.minimum(boxes[:, None, 2:], true_boxes[:, 2:])
                - np.maximum(boxes[:, None, :2], true_boxes[:, :2])).clip(0).prod(2)
-    iou = overlap / np.where(crowd, area[:, None], area[:, None] + true_area - overlap)     # (D, G)
+    union = np.where(crowd, area[:, None], area[:, None] + true_area - overlap)     # (D, G)
+    iou = np.where(labels[order, None] == true_labels, overlap / union, -1)
     for d in np.flatnonzero((iou >= IOUS[0]).any(1)):
-        can = (free | crowd) & (iou[d] >= IOUS[:, None])            # (A, T, G)
-        prefer = can & ~skip[:, None]                               # one that counts goes first
+        near = np.flatnonzero(iou[d] >= IOUS[0])                    # (G',), few
+        can = (free[..., near] | crowd[near]) & (iou[d, near] >= IOUS[:, None])     # (A, T, G')
+        prefer = can & ~skip[:, None, near]                         # one that counts goes first
         can = np.where(prefer.any(2, keepdims=True), prefer, can)
-        best = np.where(can, iou[d], -1)[..., ::-1].argmax(2)       # (A, T); of equals, the last
-        best = len(crowd) - 1 - best
-        a, t = np.nonzero(can.any(2))
+        last = np.where(can, iou[d, near], -1)[..., ::-1].argmax(2)         # of equals, the last
+        best = near[len(near) - 1 - last]                           # (A, T)
+        hits[..., d] = can.any(2)
+        a, t = np.nonzero(hits[..., d])
         free[a, t, best[a, t]] = False
-        outcomes[a, t, d] = np.where(skip[a, best[a, t]], -1, 1)
-    return scores[order], np.arange(len(order)), outcomes, (~skip).sum(1, keepdims=True)
+        ignored[a, t, d] = skip[a, best[a, t]]
+    return scores[order], labels[order], ranks, hits, ignored, true_labels.astype(int), ~skip
 
 # ---- Pictures ------------------------------------------------------------------------------------
 def draw_curves(history):
@@ -526,24 +530,31 @@ def arguments(argv):
     parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, metavar="DIR", help="a VOCdevkit, or any folder with images and XML "
-        "files (default: data/VOCdevkit, fetched if missing: 2 GB)")
-    add("--train", nargs="+", metavar="NAME", help="sets to train on (default: train, 2012_train)")
+    add("--data", type=Path, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any "
+        "folder of images and XML files (default: data/VOCdevkit, fetched if missing: 2 GB)")
+    add("--train", nargs="+", metavar="NAME", help="sets to train on (default: train; of a "
+        "VOCdevkit with several years, 2012_train)")
     add("--val", nargs="+", metavar="NAME", help="sets to evaluate on (default: val, 2012_val)")
-    add("--classes", metavar="A,B,...", help="classes to find (default: all in the data, sorted)")
+    add("--classes", metavar="A,B,...", help="the classes, in the order of their labels; objects "
+        "of others are left out (default: those of the data, sorted)")
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo, a checkpoint "
         "file, or tiny, a small detector from scratch (default: detr_resnet50)")
     add("--epochs", type=int, metavar="N", help="default: 40; tiny 480")
-    add("--count-difficult", action="store_true", help="evaluate difficult objects like any other")
+    add("--count-difficult", action="store_true", help="evaluate objects marked difficult like "
+        "any other (default: ignored)")
     add("--batch-size", type=int, metavar="N", help="images a step, of all processes (default 16)")
-    add("--accumulate", type=int, default=1, metavar="N", help="parts of a step, to save memory")
-    add("--lr", type=float, metavar="F", help="learning rate (default: 1e-4; tiny 1.2e-3)")
-    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
-    add("--resume", action="store_true", help="go on from checkpoint.pth in --output")
+    add("--accumulate", type=int, default=1, metavar="N",
+        help="compute each step in N parts, if memory is short (default 1)")
+    add("--lr", type=float, metavar="F", help="learning rate (default: 1e-4, a tenth of it for the "
+        "backbone; tiny 1.2e-3 for all)")
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR",
+        help="folder for checkpoints, log and figures (default: %(default)s)")
+    add("--resume", action="store_true", help="continue from checkpoint.pth in --output")
     add("--eval", action="store_true", help="evaluate the model on --val and stop")
     add("--seed", type=int, metavar="N", help="of order, augmentation, new weights (default 0)")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
-    add("--workers", type=int, metavar="N", help="processes that load images")
+    add("--workers", type=int, metavar="N", help="processes that load images (default: one a "
+        "core, 16 at most; 1 without a GPU)")
     return parser.parse_args(argv)
 
 def run(args):
@@ -555,8 +566,7 @@ def run(args):
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", args.device.index or 0)))
         args.device = torch.device("cuda", torch.cuda.current_device())
-        recent = torch.cuda.get_device_capability()[0] >= 8
-        args.dtype = torch.bfloat16 if recent else torch.float16
+        args.dtype = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
 
@@ -564,17 +574,15 @@ def run(args):
     file = args.output / "checkpoint.pth"
     resumed = read_checkpoint(file) if args.resume else {}
     if resumed and "optimizer" not in resumed:
-        raise ValueError(f"{file} has no training to go on with: pass it as --model instead")
+        raise ValueError(f"{file} has no optimizer state to resume: pass it as --model instead")
     saved = resumed.get("settings", {})
     args.model = args.model or saved.get("model", "detr_resnet50")
     recipe, source = TINY if args.model == "tiny" else FINE_TUNE, file if resumed else args.model
     given = {name: value for name, value in vars(args).items() if value is not None}
     workers = min(16, os.cpu_count()) if cuda else 1
     vars(args).update({**recipe, "seed": 0, "workers": workers, **saved, **given})
-    if args.eval and source == "tiny":
-        raise ValueError("tiny starts untrained: name a file, such as --model outputs/best.pth")
     if min(args.epochs, args.batch_size, args.accumulate) < 1:
-        raise ValueError("--epochs, --batch-size and --accumulate start at 1")
+        raise ValueError("--epochs, --batch-size and --accumulate must be at least 1")
     torch.manual_seed(args.seed)
 
     # The data: found, read and checked.
@@ -583,7 +591,7 @@ def run(args):
         fetch_voc(data.parent, (args.val or ["2012_val"])
                   + (args.train or ["2012_train"]) * (not args.eval))
     gather(None)        # the other processes wait for the first
-    while len(years := [path for path in sorted(data.glob("VOC*")) if path.is_dir()]) == 1:
+    while len(years := sorted(data.glob("VOC[d0-9]*"))) == 1:       # VOCdevkit, VOC2012
         data = years[0]
     latest = f"{years[-1].name[3:]}_" if years else ""
     xmls, images = find_files(data)
@@ -598,15 +606,16 @@ def run(args):
 
     # The model, with a head for these classes; to evaluate, with the head that it has.
     new = []
-    if args.model == "tiny" and not args.eval:
+    if args.eval:
+        model = load_detr(source)
+        classes = model.classes
+    elif args.model == "tiny":
         model = tiny(len(classes))
     else:
-        headless = not args.eval and "class_embed.bias" not in read_checkpoint(source)["model"]
+        headless = "class_embed.bias" not in read_checkpoint(source)["model"]
         model = load_detr(source, num_classes=len(classes) if headless else None)
-        unnamed = [f"class {label}" for label in range(len(classes))]
-        if not args.eval and model.classes not in (classes, unnamed):
+        if model.classes not in (classes, [f"class {label}" for label in range(len(classes))]):
             new = keep_known_classes(model, classes)
-    classes = model.classes if args.eval else classes
     model.classes, model.aux_loss = classes, True
     model.to(args.device, memory_format=torch.channels_last)
     criterion = SetCriterion(len(classes), HungarianMatcher()).to(args.device)
@@ -641,7 +650,7 @@ def run(args):
     optimizer = torch.optim.AdamW([{"params": others}, backbone], args.lr, (0.9, args.beta2),
                                   weight_decay=1e-4, fused=True)
     steps = args.epochs * len(train_loader)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: args.rate(step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: args.rate(step, steps))
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     rates = schedule.base_lrs
@@ -656,9 +665,9 @@ def run(args):
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     config = {"nheads": model.transformer.decoder.layers[0].self_attn.heads, "size": model.size,
               "max_size": model.max_size, "dilation": model.backbone[0].body.dilation}
-    settings = {name: getattr(args, name)
-                for name in ("model", "epochs", "batch_size", "lr", "seed")}
+    settings = {k: getattr(args, k) for k in ("model", "epochs", "batch_size", "lr", "seed")}
     began = time.time()
+
     for epoch in range(first, args.epochs):
         start, title = time.time(), f"epoch {epoch + 1}/{args.epochs}"
         sampler.set_epoch(epoch)
@@ -686,13 +695,13 @@ def run(args):
                 save(args.output / "curves.png", draw_curves(history).savefig)
                 save(args.output / "detections.png", draw_detections(val, predictions).savefig)
             if rank == 0 and ap["AP"] > best:       # for use: half the bytes
-                half = {name: value.half() if value.is_floating_point() else value
-                        for name, value in model.state_dict().items()}
+                weights = model.state_dict().items()
+                half = {k: v.half() if v.is_floating_point() else v for k, v in weights}
                 save(args.output / "best.pth", partial(torch.save, {"model": half, **about}))
             best = max(best, ap["AP"])
         if rank == 0:
-            checkpoint = {name: part.state_dict() for name, part in state.items()}
-            checkpoint |= {**about, "best": best, "history": history, "settings": settings}
+            checkpoint = {**about, "best": best, "history": history, "settings": settings}
+            checkpoint |= {name: part.state_dict() for name, part in state.items()}
             save(args.output / "checkpoint.pth", partial(torch.save, checkpoint))
             lines = [f"{json.dumps(entry)}\n".encode() for entry in history]
             save(args.output / "log.txt", lambda file: file.writelines(lines))
