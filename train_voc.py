@@ -123,8 +123,8 @@ def find_files(data):
         for path in (Path(root, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in SUFFIXES:
                 images.setdefault(key(path.name), []).append(path)
-            elif path.suffix.lower() == ".xml" and b"<annotation" in path.read_bytes():
-                xmls.append(path)
+            elif path.suffix.lower() == ".xml":
+                xmls += [path] if re.search(rb"<annotation[\s>]", path.read_bytes()) else []
     return xmls, images
 
 def read_list(path, xmls):
