@@ -150,7 +150,7 @@ def run(args):
             [found] = detect(model, image, args.threshold)
         except UNREADABLE as error:
             why = {FileNotFoundError: "no image of this name",
-                   Image.DecompressionBombError: "too many pixels: make it smaller"}
+                   Image.DecompressionBombError: "over 178 megapixels: make it smaller"}
             why = why.get(type(error), f"not a readable image ({error})")
             print(f"infer.py: error: {source}: {why}", file=sys.stderr)
             failures += 1

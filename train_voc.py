@@ -202,7 +202,7 @@ def read_record(xml, images):
             difficult = node.findtext("difficult", "").strip() == "1"
             objects.append((node.findtext("name").strip(), [x0 - 1, y0 - 1, x1, y1], difficult))
         if objects and max(value for _, box, _ in objects for value in box) <= 1:
-            raise ValueError("boxes are relative to the image, 0 to 1; VOC's are in pixels")
+            raise ValueError("boxes are shares of the image, from 0 to 1; VOC's are in pixels")
         given = tuple(float(root.findtext(f"size/{side}") or 0) for side in ("width", "height"))
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError) as error:
         need = "each object needs a name and a bndbox of xmin, ymin, xmax, ymax"
