@@ -13,7 +13,6 @@ import sys
 import time
 import urllib.request
 import warnings
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -23,8 +22,7 @@ from detr_mini import ZOO, detect, fit, load_detr
 
 SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 COLORS = ["#ff8c00", "#1f77ff", "#00a651", "#e6194b", "#911eb4", "#00b8d4", "#f032e6", "#808000"]
-# Errors that Pillow raises for a broken image. Its warnings, and torch's, are hidden.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)
+UNREADABLE = OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError   # Pillow's
 warnings.filterwarnings("ignore", module="PIL|torch")
 
 def open_image(source, upright=True):
@@ -44,17 +42,14 @@ def open_image(source, upright=True):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
-def on_canvas(boxes, scale, size):
-    """Boxes (n, 4) on a canvas `scale` times as large as their image, cut to its (w, h) `size`."""
-    return (boxes.cpu() * scale).clamp(min=0).minimum(torch.tensor(size * 2) - 1).tolist()
-
 def draw(image, found):
     """The image, enlarged if it is small, with a box, a name and a score for each object."""
     scale = max(1, round(1600 / max(image.size)))
     canvas = image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
     pen, unit = ImageDraw.Draw(canvas), max(canvas.size) / 1000
     font = ImageFont.load_default(max(10, 15 * unit))
-    boxes = on_canvas(found["boxes"], scale, canvas.size)
+    limit = torch.tensor(canvas.size * 2) - 1
+    boxes = (found["boxes"].cpu() * scale).clamp(min=0).minimum(limit).tolist()
     colors = [COLORS[label % len(COLORS)] for label in found["labels"].tolist()]
     for box, color in zip(boxes, colors):
         pen.rectangle(box, outline=color, width=max(2, round(2.2 * unit)))
@@ -67,23 +62,23 @@ def draw(image, found):
     return canvas
 
 def draw_attention(image, found, attention, width=1600):
-    """A sheet of tiles, one for each detection: its query's attention, of all (n, H', W'), as light
-    on the image. Each row fills the width."""
+    """A sheet of tiles, one for each detection, bright at its query's attention, of (n, H', W')."""
     dark = ImageOps.grayscale(image).point(lambda value: value * 0.45)
     rows = round((len(attention) * image.height / image.width) ** 0.5)
     rows = torch.arange(len(attention)).tensor_split(max(1, rows))
     heights = [max(1, round(width / len(row) * image.height / image.width)) for row in rows]
     sheet = Image.new("RGB", (width, sum(heights)))
-    for row, height, bottom in zip(rows, heights, accumulate(heights)):
+    for k, (row, height) in enumerate(zip(rows, heights)):
         size = width // len(row), height
-        boxes = on_canvas(found["boxes"], size[0] / image.width, size)
+        boxes = found["boxes"].cpu() * size[0] / image.width
         for column, i in enumerate(row.tolist()):
             weights = (255 * (attention[i] / attention[i].max()).sqrt()).byte().numpy()
             weights = Image.fromarray(weights).resize(size, Image.Resampling.BICUBIC)
             tile = dark.resize(size).convert("RGB")
             tile.paste(COLORS[found["labels"][i] % len(COLORS)], mask=weights)
-            ImageDraw.Draw(tile).rectangle(boxes[i], outline="white", width=1 + height // 200)
-            sheet.paste(tile, (column * size[0], bottom - height))
+            box = boxes[i].clamp(min=0).minimum(torch.tensor(size * 2) - 1).tolist()
+            ImageDraw.Draw(tile).rectangle(box, outline="white", width=1 + height // 200)
+            sheet.paste(tile, (column * size[0], sum(heights[:k])))
     return sheet
 
 def save(path, write):
@@ -108,21 +103,12 @@ def choose_device(name):
         raise ValueError(f"--device {name}: not available here; use {best} or auto")
     return torch.device(best if name == "auto" else name)
 
-def find_images(source):
-    """A file or URL, or the images in a folder, [source]; ValueError if it has none."""
-    if "://" in source or not Path(source).is_dir():
-        return [source]
-    images = sorted(str(p) for p in Path(source).iterdir() if p.suffix.lower() in SUFFIXES)
-    if not images:
-        raise ValueError(f"{source}: no images in this folder")
-    return images
-
 def arguments(argv):
     parser = argparse.ArgumentParser(
         prog="infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE|FOLDER|URL", help="default: the bundled images")
-    add("--weights", metavar="NAME|FILE", help=f"demo, {', '.join(ZOO)}, or a checkpoint file "
+    add("--weights", metavar="NAME|FILE", help=f"demo, {', '.join(ZOO)}, or a file "
         "(default: detr_resnet50; demo if no image is named)")
     add("--threshold", type=float, default=0.7, metavar="P", help="lowest score (default: 0.7)")
     add("--out", type=Path, default="detections", metavar="DIR", help="default: %(default)s")
@@ -135,14 +121,16 @@ def run(args):
     """Open, detect, draw and save each image; returns how many could not be read."""
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold:g}: a score is from 0 to 1")
-    bundled = sorted(map(str, Path(__file__).parent.glob("assets/*.jpg")))
-    sources = [image for source in args.images or bundled for image in find_images(source)]
+    sources = []
+    for source in args.images or sorted(map(str, Path(__file__).parent.glob("assets/*.jpg"))):
+        folder = "://" not in source and Path(source).is_dir()
+        inside = sorted(Path(source).iterdir()) if folder else []
+        sources += [str(p) for p in inside if p.suffix.lower() in SUFFIXES] or [source]
     weights = args.weights or ("detr_resnet50" if args.images else "demo")
     model = load_detr(weights, device=choose_device(args.device))
     attentions = [layer.multihead_attn for layer in model.transformer.decoder.layers]
     for layer in attentions:
         layer.keep_weights = args.attention
-
     results, failures, stems = [], 0, set()
     for source in sources:
         try:
@@ -150,6 +138,7 @@ def run(args):
             [found] = detect(model, image, args.threshold)
         except UNREADABLE as error:
             why = {FileNotFoundError: "no image of this name",
+                   IsADirectoryError: "no images in this folder",
                    Image.DecompressionBombError: "over 178 megapixels: make it smaller"}
             why = why.get(type(error), f"not a readable image ({error})")
             print(f"infer.py: error: {source}: {why}", file=sys.stderr)
@@ -179,9 +168,8 @@ def run(args):
     return failures
 
 def main(argv=None):
-    args = arguments(argv)
     try:
-        return 2 if run(args) else 0
+        return 2 if run(arguments(argv)) else 0
     except (OSError, ValueError, RuntimeError) as error:
         print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
