@@ -934,11 +934,11 @@ def device_rate(dtype):
     print(f"{dtype}: product {product:.3f}, convolution {convolution:.3f} TFLOP/s")
     return 1e12 * max(product, convolution)
 
-def compare(title, images, networks, call, hows=("eager",)):
-    """Time call(library, network, dtype) turn by turn, and print the medians."""
+def compare(title, images, networks, call, hows, counted):
+    """Time call(library, network, dtype) turn by turn; print medians. `counted` is for the FLOPs."""
     works, flops = {}, {}
     for library, network in networks.items():
-        flops[library] = flops_of(lambda: call(library, network, torch.float32))
+        flops[library] = flops_of(lambda: counted(library, network, torch.float32))
         for how, dtype in itertools.product(hows, DTYPES):
             built = torch.compile(network) if how == "compiled" else network
             works[dtype, how, library] = functools.partial(call, library, built, dtype)
@@ -963,8 +963,8 @@ def test_bench_beside_transformers():
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, on {DEVICE}")
     for batch in (1, 16) if ON_GPU else (1,):
         images = torch.randn(batch, 3, *BENCH["size"], device=DEVICE)
-        compare(f"inference of {batch}", batch, networks, look, ("eager", "compiled"))
-
+        compare(f"inference of {batch}", batch, networks, look, ("eager", "compiled"),
+                lambda library, network, dtype: network(images))        # counts only with gradients
     model.to(memory_format=torch.channels_last).aux_loss = True     # as train_voc has it
     networks["transformers"].config.auxiliary_loss = True
     criterion = SetCriterion(91, HungarianMatcher()).to(DEVICE)
@@ -982,7 +982,7 @@ def test_bench_beside_transformers():
         loss.backward()
         optimizers[library].step()
         optimizers[library].zero_grad()
-    compare(f"step of {size}", size, networks, step)
+    compare(f"step of {size}", size, networks, step, ("eager",), step)
 
 @pytest.mark.bench
 def test_bench_loader(data):

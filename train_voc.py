@@ -633,7 +633,8 @@ def run(args):
     if most > (queries := model.query_embed.num_embeddings):
         log(f"note: up to {most} objects in an image; {queries} queries find at most {queries}")
     options = dict(batch_size=max(1, args.batch_size // world), num_workers=args.workers,
-                   collate_fn=collate, pin_memory=cuda, persistent_workers=args.workers > 0)
+                   collate_fn=collate, pin_memory=cuda, persistent_workers=args.workers > 0,
+                   generator=torch.Generator())     # of the workers' seeds, not of dropout
     val_loader = DataLoader(Subset(val, range(rank, len(val), world)), **options)
     if args.eval:
         losses, ap, _ = evaluate(model, criterion, val_loader, val, args)
