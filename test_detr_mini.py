@@ -697,7 +697,6 @@ def test_killed_while_it_saves_it_resumes_bit_for_bit(folder, tmp_path, run):
         assert read_checkpoint(output / "checkpoint.pth")["epoch"] == 1
         run(folder, "--epochs", 4, "--workers", workers, "--resume", output=output.name)
         resumed = read_checkpoint(output / "checkpoint.pth")["model"]
-        # BUG: workers that stay draw no seed in later epochs, so dropout is not the same.
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
         assert log_of(output) == log_of(tmp_path / "whole")
 
@@ -935,7 +934,7 @@ def device_rate(dtype):
     return 1e12 * max(product, convolution)
 
 def compare(title, images, networks, call, hows, counted):
-    """Time call(library, network, dtype) turn by turn; print medians. `counted` is for the FLOPs."""
+    """Time call(library, network, dtype) turn by turn; print medians. `counted` gives the FLOPs."""
     works, flops = {}, {}
     for library, network in networks.items():
         flops[library] = flops_of(lambda: counted(library, network, torch.float32))
