@@ -2,7 +2,7 @@
 
     python train_voc.py                                    # VOC2012 and COCO's weights, 40 epochs
     python train_voc.py --data my_folder --model tiny      # a small detector from scratch
-    python train_voc.py --data my_folder --resume          # go on where outputs/ stopped
+    python train_voc.py --data my_folder --resume          # continue the run in outputs/
     python train_voc.py --data my_folder --model outputs/best.pth --eval
 """
 import argparse
@@ -82,7 +82,7 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 def fetch_voc(data, names):
-    """Have the sets `names`, such as 2012_train, in `data`/VOCdevkit. Raises OSError."""
+    """Download the sets `names`, such as 2012_train, to `data`/VOCdevkit. Raises OSError."""
     socket.setdefaulttimeout(30)
     for name in names:
         year, failures = name[:4], []
@@ -114,7 +114,7 @@ def key(name):
 
 def find_files(data):
     """A folder's annotations, [Path], and its images by key, {key: [Path]}. Hidden files, __MACOSX
-    and other XML are skipped; links are followed, but not in a circle."""
+    and other XML are skipped; links are followed, but not in cycles."""
     xmls, images = [], {}
     for root, folders, files in os.walk(data, followlinks=True):
         here = os.path.realpath(root) + os.sep
@@ -309,7 +309,7 @@ def paper(epoch, epochs):
 
 def from_scratch(epoch, epochs):
     """For `tiny`: an epoch has one size, so batches need little padding. For the first half of the
-    run it is halved: small images teach as much an epoch, in a third of the time."""
+    run it is halved: an epoch at half size teaches about as much, in a third of the time."""
     size = (160, 176, 192, 208, 224)[epoch % 5] // (2 if epoch < 0.5 * epochs else 1)
     return [
         v2.RandomHorizontalFlip(),
@@ -495,7 +495,7 @@ def match_boxes(prediction, target):
         ignored[a, t, d] = skip[a, best[a, t]]
     return scores[order], labels[order], ranks, hits, ignored, true_labels.astype(int), ~skip
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 def draw_curves(history):
     """The log as a figure of eight panels: training solid, validation dashed."""
     names = ("loss", "coco_eval_bbox", "loss_ce", "loss_bbox", "loss_giou", "class_error",
@@ -643,7 +643,7 @@ def run(args):
         log("AP50: ", *(f"{k} {v:.3f} " for k, v in zip(classes, per_class) if v >= 0))
         return
 
-    # What training needs, and what a resumed run has to find again.
+    # What is trained, and its state, which --resume reads.
     sampler = DistributedSampler(train, world, rank, seed=args.seed, drop_last=True)
     train_loader = DataLoader(train, sampler=sampler, drop_last=True, **options)
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
@@ -657,7 +657,7 @@ def run(args):
     rates = schedule.base_lrs
     for name, part in state.items() if resumed else ():
         part.load_state_dict(resumed[name])
-    schedule.base_lrs = rates           # --lr, if it is given anew
+    schedule.base_lrs = rates           # --lr, if it is given again
     first, best = resumed.get("epoch", -1) + 1, resumed.get("best", -1.0)
     history = resumed.get("history", [])
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
