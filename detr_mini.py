@@ -309,8 +309,7 @@ class DETR(nn.Module):
         if isinstance(images, (list, tuple)):
             images, mask = pad_images(images)
         features = self.backbone[0].body(images)                    # (B, C, H', W')
-        valid = torch.ones_like(features[:1, 0], dtype=torch.bool)   # (1, H', W'), False on padding
-        attend = None
+        valid, attend = torch.ones_like(features[:1, 0], dtype=torch.bool), None    # (1, H', W')
         if mask is not None:
             valid = ~F.interpolate(mask[None].float(), valid.shape[1:])[0].bool()     # (B, H', W')
             attend = valid.flatten(1)[:, None, None]                 # (B, 1, 1, S)
@@ -481,8 +480,7 @@ def detect(model, images, threshold=0.7):
         best_first = found["scores"].argsort(descending=True)
         queries = best_first[found["scores"][best_first] > threshold]
         result = {name: value[queries] for name, value in found.items()} | {"queries": queries}
-        names = [model.classes[label] for label in result["labels"].tolist()]
-        results.append(result | {"names": names})
+        results.append(result | {"names": [model.classes[i] for i in result["labels"].tolist()]})
     return results
 
 def read_checkpoint(source):
@@ -494,7 +492,9 @@ def read_checkpoint(source):
     elif source in ZOO:
         path = pathlib.Path(torch.hub.get_dir(), "checkpoints", ZOO[source])
         try:
-            torch.hub.load_state_dict_from_url(ZOO_URL + path.name, check_hash=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                torch.hub.download_url_to_file(ZOO_URL + path.name, path, path.stem.split("-")[-1])
         except (OSError, RuntimeError) as error:
             raise OSError(f"could not fetch {ZOO_URL + path.name} ({error}): put that file at "
                           f"{path} by hand; `python infer.py` alone needs no network") from error

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,10 +32,9 @@ from torchvision.transforms import v2
 import detr_mini
 import infer
 import train_voc
-from detr_mini import (COCO_CLASSES, DETR, RESNETS, ZOO, FrozenBatchNorm2d, HungarianMatcher,
-                       MultiheadAttention, ResNet, SetCriterion, box_cxcywh_to_xyxy, box_iou,
-                       detect, fit, generalized_box_iou, load_detr, pad_images, post_process,
-                       read_checkpoint)
+from detr_mini import (DETR, ZOO, FrozenBatchNorm2d, HungarianMatcher, MultiheadAttention, ResNet,
+                       SetCriterion, box_cxcywh_to_xyxy, box_iou, detect, fit, load_detr,
+                       generalized_box_iou, pad_images, post_process, read_checkpoint)
 
 HERE = pathlib.Path(__file__).parent
 
@@ -175,7 +173,7 @@ def shrink(patch=setattr, norm=nn.BatchNorm2d, dropout=0.2):
     patch(train_voc, "TINY", train_voc.TINY | dict(
         epochs=4, batch_size=4, evaluate_every=1, rate=lambda step, steps: 1 - step / steps / 2))
     patch(train_voc, "from_scratch", quick_list)
-    patch(train_voc, "draw_curves", lambda history: Figure((1, 1)))
+    patch(train_voc, "draw_curves", lambda history: train_voc.Figure((1, 1)))
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
@@ -238,7 +236,7 @@ def test_backbone_equals_torchvision(double):
     peer = randomize(torchvision.models.resnet18())
     state = {name: value for name, value in peer.state_dict().items() if "fc." not in name}
     stages, x = nn.Sequential(*list(peer.children())[:-2]), torch.randn(4, 3, 65, 97)
-    frozen, trained = (ResNet(*RESNETS["resnet18"], norm=norm)
+    frozen, trained = (ResNet(*detr_mini.RESNETS["resnet18"], norm=norm)
                        for norm in (FrozenBatchNorm2d, nn.BatchNorm2d))
     for ours in (trained, frozen):
         ours.load_state_dict(state)
@@ -429,13 +427,16 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, name, shape):
     with pytest.raises(ValueError, match=f"a.pth.*{re.escape(name)}"):
         load_detr(path)
 
-def test_files_that_are_no_checkpoint_are_refused_and_code_is_not_run(tmp_path, weights):
+def test_what_is_no_checkpoint_is_refused_and_code_is_not_run(tmp_path, weights, monkeypatch):
     bad, marker = tmp_path / "bad.pth", tmp_path / "it_ran"
     code = f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()        # a pickle that calls os.system
-    for content in (weights.read_bytes()[:3000], b"", b"\xff\xd8\xff", code):
-        put(bad, content)
-        with pytest.raises(ValueError, match="bad.pth is no"):
-            load_detr(bad)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    files = {bad: bad, "detr_resnet50": tmp_path / "checkpoints" / ZOO["detr_resnet50"]}
+    contents = weights.read_bytes()[:3000], b"", b"\xff\xd8\xff", code
+    for content, (source, file) in itertools.product(contents, files.items()):
+        put(file, content)
+        with pytest.raises(ValueError, match=f"{file.name} is no"):
+            load_detr(source)
     assert not marker.exists()
     with pytest.raises(ValueError, match="bad.pth .*never run"):
         load_detr(put(bad, small()))
@@ -769,7 +770,7 @@ def test_cocos_weights_evaluate_and_fine_tune(folder, tmp_path, run, monkeypatch
     assert "couch" in last and "cat" in last and "sofa" not in last and "dog" not in last
     run(folder, "--model", coco, "--lr", 0)
     head = read_checkpoint(tmp_path / "out/checkpoint.pth")["model"]["class_embed.weight"]
-    rows = [COCO_CLASSES.index("cat"), COCO_CLASSES.index("couch"), 91]     # 91 is "no object"
+    rows = [*map(detr_mini.COCO_CLASSES.index, ("cat", "couch")), 91]       # 91 is "no object"
     assert torch.equal(head, state["class_embed.weight"][rows])
     state = {name: value for name, value in state.items() if "class_embed" not in name}
     put(coco, {"model": state, "config": CONFIG})

@@ -135,7 +135,7 @@ def read_list(path, xmls):
         by_key.setdefault(key(xml.name), []).append(xml)
     encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     for line in filter(None, map(str.strip, raw.decode(encoding, "replace").splitlines())):
-        file = PureWindowsPath(line)        # takes / and \\
+        file = PureWindowsPath(line)        # takes / and \
         if key(file.name) not in by_key:
             file = PureWindowsPath(re.sub(r"\s+(-1|0|1)$", "", line))
         named = by_key.get(key(file.name), [])
