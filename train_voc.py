@@ -43,16 +43,18 @@ FINE_TUNE = dict(           # COCO's DETR on other images, with the paper's valu
     lr_backbone=0.1,        # times lr
     rate=lambda step, steps: 0.1 if step >= 0.75 * steps else 1,    # times lr
     beta2=0.999,            # of AdamW
+    eos_coef=0.1,           # weight of "no object" in the loss
     evaluate_every=1,       # epochs
 )
 TINY = dict(                # 2.2 M parameters from scratch, on a CPU
-    epochs=480,
+    epochs=750,
     batch_size=16,
     lr=1.2e-3,
     lr_backbone=1,
-    rate=lambda step, steps: min(1, step / 1000, 2.5 * (1 - step / steps)),
+    rate=lambda step, steps: min(1, step / 1000, 1.25 * (1 - step / steps)),
     beta2=0.98,
-    evaluate_every=10,
+    eos_coef=0.2,           # as there are fewer queries for an object than in the paper
+    evaluate_every=25,
 )
 MIRRORS = (
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{file}",
@@ -308,9 +310,9 @@ def paper(epoch, epochs):
     ]
 
 def from_scratch(epoch, epochs):
-    """For `tiny`: an epoch has one size, so batches need little padding. For the first half of the
-    run it is halved: an epoch at half size teaches about as much, in a third of the time."""
-    size = (160, 176, 192, 208, 224)[epoch % 5] // (2 if epoch < 0.5 * epochs else 1)
+    """For `tiny`: an epoch has one size, so batches need little padding. Images grow in three steps:
+    an epoch at half size teaches about as much, in half of the time."""
+    size = round((160, 176, 192, 208, 224)[epoch % 5] * (0.5, 0.75, 1)[3 * epoch // epochs])
     return [
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
@@ -539,7 +541,7 @@ def arguments(argv):
         "of others are left out (default: those of the data, sorted)")
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo, a checkpoint "
         "file, or tiny, a small detector from scratch (default: detr_resnet50)")
-    add("--epochs", type=int, metavar="N", help="default: 40; tiny 480")
+    add("--epochs", type=int, metavar="N", help="default: 40; tiny 750")
     add("--count-difficult", action="store_true", help="evaluate objects marked difficult like "
         "any other (default: ignored)")
     add("--batch-size", type=int, metavar="N", help="images a step, of all processes (default 16)")
@@ -618,7 +620,7 @@ def run(args):
             new = keep_known_classes(model, classes)
     model.classes, model.aux_loss = classes, True
     model.to(args.device, memory_format=torch.channels_last)
-    criterion = SetCriterion(len(classes), HungarianMatcher()).to(args.device)
+    criterion = SetCriterion(len(classes), HungarianMatcher(), args.eos_coef).to(args.device)
     most = max(len(record["objects"]) for record in train + val)
     if not args.eval:
         augment = partial(from_scratch if recipe is TINY else paper, epochs=args.epochs)
