@@ -171,7 +171,8 @@ def shrink(patch=setattr, norm=nn.BatchNorm2d, dropout=0.2):
     """Make train_voc's `tiny` a recipe that a test can afford."""
     patch(train_voc, "tiny", lambda num_classes: small(num_classes, norm, dropout=dropout))
     patch(train_voc, "TINY", train_voc.TINY | dict(
-        epochs=4, batch_size=4, evaluate_every=1, rate=lambda step, steps: 1 - step / steps / 2))
+        epochs=4, batch_size=4, evaluate_every=1, eos_coef=0.1,
+        rate=lambda step, steps: 1 - step / steps / 2))
     patch(train_voc, "from_scratch", quick_list)
     patch(train_voc, "draw_curves", lambda history: train_voc.Figure((1, 1)))
 
