@@ -497,9 +497,8 @@ def test_without_train_and_val_what_is_listed_is_split(data, run, sets):
     assert run(data).val == done.val != run(data, "--seed", 1).val
 
 @pytest.mark.parametrize("written", [
-    "\ufeffa b\r\nc\r\n".encode(), "a b\nc\n".encode("utf-16"), b"a b.jpg\nc.JPG\n",
-    b"JPEGImages/a b.jpg\nC:\\VOC\\JPEGImages\\c.jpg\n", b"a b.xml\n\n  c  \n\n",
-    b"a b  1\nc -1", b"a b 0\nc  1\nc 1\n"])
+    "\ufeffa b\r\nc\r\n", "a b.jpg\nc.JPG\n", "a b.xml\n\n  c  \n\n", "a b  1\nc -1",
+    "JPEGImages/a b.jpg\nC:\\VOC\\JPEGImages\\c.jpg\n", "a b 0\nc  1\nc 1\n"])
 def test_a_list_as_programs_write_it(data, run, written):
     voc(data, ["a b", "a b 2", "c", "d 1"], val=["d 1"])
     put(data / "ImageSets/Main/train.txt", written)
@@ -524,7 +523,6 @@ XML, JPEG = "Annotations/0003.xml", "JPEGImages/0003.jpg"
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda d: put(d / XML, "<annotation><object>"), XML), (lambda d: put(d / XML, "<a/>"), "0003"),
-    (lambda d: put(d / XML, xml([("cat", ("nan", 1, 2, 3))])), f"{XML}.*finite"),
     (lambda d: put(d / XML, xml([("cat", (1, 2, 3))])), f"{XML}.*bndbox"),
     (lambda d: put(d / XML, xml([("cat", (0.1, 0.2, 0.5, 1))])), f"{XML}.* 0 to 1.*pixels"),
     (lambda d: (d / XML).unlink(), "train.txt.*'0003'"),
@@ -790,15 +788,15 @@ def test_voc_is_fetched_and_unpacked_once(folder, server, tmp_path, monkeypatch,
     monkeypatch.setitem(train_voc.ARCHIVES, "2012", (archive, md5))
     train_voc.fetch_voc(fetched, names)
     image = fetched / "VOCdevkit/VOC2012/JPEGImages/0003.jpg"
-    assert image.is_file() and not list(fetched.glob("*.unfinished"))
-    (root / archive).unlink()                           # from now on there is no network
+    assert image.is_file() and not (fetched / archive).exists()
+    (root / archive).rename(tmp_path / archive)         # from now on there is no network
     capsys.readouterr()
     train_voc.fetch_voc(fetched, names)
     assert capsys.readouterr().out == ""
     image.unlink()
-    put(fetched / f"{archive}.unfinished", "")          # what an interrupted run leaves
+    (tmp_path / archive).rename(fetched / archive)      # what an interrupted run leaves
     train_voc.fetch_voc(fetched, names)
-    assert image.is_file() and not list(fetched.glob("*.unfinished"))
+    assert image.is_file() and not (fetched / archive).exists()
 
 # ---- infer ---------------------------------------------------------------------------------------
 @pytest.fixture
@@ -993,7 +991,8 @@ def test_bench_loader(data):
     for i in range(BENCH["images"]):
         put(data / f"{i}.jpg", photo)
         put(data / f"{i}.xml", xml([("cat", (100, 100, 300, 250))], size=(500, 375)))
-    records = train_voc.read_set("train", *train_voc.find_files(data))
+    xmls, images = train_voc.find_files(data)
+    records = [train_voc.read_record(xml, images) for xml in xmls]
     dataset = train_voc.VOC(records, ["cat"], 800, 1333, lambda epoch: train_voc.paper(epoch, 40))
     loader = DataLoader(dataset, batch_size=16, collate_fn=train_voc.collate)
     torch.set_num_threads(1)

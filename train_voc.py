@@ -15,6 +15,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from datetime import timedelta
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PureWindowsPath
@@ -71,17 +72,14 @@ COCO_NAMES = {              # of VOC's classes, if they differ
 # ---- Data: which files are a set, and which image belongs to an annotation -----------------------
 def progress(title, items, count, scale=1):
     """Yield the items, and show in a terminal how many, how fast and how much longer."""
-    start = shown = time.time()
+    start = time.time()
     for done, item in enumerate(items, 1):
         yield item
-        now = time.time()
-        if sys.stderr.isatty() and (now - shown > 1 or done == count):
-            shown, rate = now, done / (now - start)
-            print(f"\r{title}  {done}/{count}  {scale * rate:.1f} images/s  ETA "
-                  f"{clock((count - done) / rate)}  ", end="\n" * (done == count), file=sys.stderr)
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+        if sys.stderr.isatty():
+            rate = done / (time.time() - start)
+            left = timedelta(seconds=round((count - done) / rate))
+            print(f"\r{title}  {done}/{count}  {scale * rate:.1f} images/s  ETA {left}  ",
+                  end="\n" * (done == count), file=sys.stderr)
 
 def fetch_voc(data, names):
     """Download the sets `names`, such as 2012_train, to `data`/VOCdevkit. Raises OSError."""
@@ -89,17 +87,13 @@ def fetch_voc(data, names):
     for name in names:
         year, failures = name[:4], []
         file, md5 = ARCHIVES.get(name) or ARCHIVES.get(year) or (None, None)
-        unfinished = data / f"{file}.unfinished"
         listed = data / f"VOCdevkit/VOC{year}/ImageSets/Main/{name[5:]}.txt"
-        if file is None or listed.is_file() and not unfinished.exists():
-            continue
-        data.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()
+        if file is None or listed.is_file() and not (data / file).exists():
+            continue        # an archive that is still there was not unpacked to its end
         for url in (mirror.format(year=year, file=file) for mirror in MIRRORS):
             print(f"fetching {url}", flush=True)
             try:
-                download_and_extract_archive(url, data, md5=md5)
-                unfinished.unlink()
+                download_and_extract_archive(url, data, md5=md5, remove_finished=True)
                 break
             except Exception as error:      # whatever it is, the next mirror may do better
                 failures.append(f"{url}: {error}")
@@ -109,10 +103,8 @@ def fetch_voc(data, names):
 
 def key(name):
     """What an image and its annotation share: a file's name without endings, 1 of 1.jpg.xml."""
-    for _ in range(2):
-        stem, ending = os.path.splitext(name)
-        name = stem if ending.lower() == ".xml" or ending.lower() in SUFFIXES else name
-    return name
+    stem, ending = os.path.splitext(re.sub(r"\.xml$", "", name, flags=re.IGNORECASE))
+    return stem if ending.lower() in SUFFIXES else stem + ending
 
 def find_files(data):
     """A folder's annotations, [Path], and its images by key, {key: [Path]}. Hidden files, __MACOSX
@@ -132,17 +124,12 @@ def find_files(data):
 def read_list(path, xmls):
     """The annotations that a list in ImageSets/Main names. A line is a file's name, perhaps with a
     folder before it, an ending, and VOC's 1, 0 or -1 behind it. Raises ValueError."""
-    by_key, found, raw = {}, [], path.read_bytes()
+    by_key, found = {}, []
     for xml in xmls:
         by_key.setdefault(key(xml.name), []).append(xml)
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    for line in filter(None, map(str.strip, raw.decode(encoding, "replace").splitlines())):
-        file = PureWindowsPath(line)        # takes / and \
-        if key(file.name) not in by_key:
-            file = PureWindowsPath(re.sub(r"\s+(-1|0|1)$", "", line))
-        named = by_key.get(key(file.name), [])
-        if len(named) > 1:
-            named = [xml for xml in named if xml.parent.name in (file.parent.name, "Annotations")]
+    for line in filter(None, map(str.strip, path.read_text("utf-8-sig", "replace").splitlines())):
+        name = PureWindowsPath(line).name       # takes / and \
+        named = by_key.get(key(name)) or by_key.get(key(re.sub(r"\s+(-1|0|1)$", "", name)), [])
         if len(named) != 1:
             raise ValueError(f"{path}: {len(named)} XML files for {line!r}: there must be one")
         found += named
@@ -157,14 +144,15 @@ def find_set(data, xmls, name, seed, every=False):
         data, name = of_year, rest
     lists = {path.stem: path for path in sorted(data.glob("ImageSets/Main/*.txt"))}
     xmls, folders = [xml for xml in xmls if data in xml.parents], {}
-    for xml in xmls:        # folders: {name: {depth in the tree: [annotations]}}
-        for depth, folder in enumerate(xml.relative_to(data).parts[:-1]):
-            folder = re.sub("^valid$", "val", folder.lower())
-            folders.setdefault(folder, {}).setdefault(depth, []).append(xml)
+    def plain(folder):
+        return re.sub("^valid$", "val", folder.lower())
+    for xml in xmls:
+        for folder in set(map(plain, xml.relative_to(data).parts[:-1])):
+            folders.setdefault(folder, []).append(xml)
     if name in lists:
         return read_list(lists[name], xmls)
-    if places := folders.get(re.sub("^valid$", "val", name.lower())):
-        return places[min(places)]
+    if plain(name) in folders:
+        return folders[plain(name)]
     if name not in ("train", "val") or {"train", "val"} & {*lists, *folders}:
         raise ValueError(f"no set {name!r} in {data}: there are lists of {', '.join(lists) or '-'} "
                          f"and XML in folders {', '.join(folders) or '-'}: name --train and --val")
@@ -192,20 +180,18 @@ def find_image(xml, filename, images):
 
 # ---- Data: what is checked before the first step, and how an image is read ----------------------
 def read_record(xml, images):
-    """An annotation, checked: its image's `path`, `upright` (turned by its EXIF), `size` (h, w) and
-    `objects` [(class, box, difficult)], x0 y0 x1 y1 pixels from 0; VOC's are from 1. ValueError."""
+    """An annotation, checked: its image's `path`, `upright` (turned by its EXIF), `size` (h, w),
+    `objects` [(class, x0, y0, x1, y1, difficult)], pixels from 0; VOC's are from 1. ValueError."""
     try:
         root, objects = ElementTree.parse(xml).getroot(), []
         for node in root.iter("object"):
             x0, y0, x1, y1 = (float(node.findtext(f"bndbox/{side}"))
                               for side in ("xmin", "ymin", "xmax", "ymax"))
-            if not np.isfinite([x0, y0, x1, y1]).all():
-                raise ValueError("a coordinate is not a finite number")
             difficult = node.findtext("difficult", "").strip() == "1"
-            objects.append((node.findtext("name").strip(), [x0 - 1, y0 - 1, x1, y1], difficult))
-        if objects and max(value for _, box, _ in objects for value in box) <= 1:
+            objects.append((node.findtext("name").strip(), x0 - 1, y0 - 1, x1, y1, difficult))
+        if objects and all(max(x1, y1) <= 1 for _, _, _, x1, y1, _ in objects):
             raise ValueError("boxes are shares of the image, from 0 to 1; VOC's are in pixels")
-        given = tuple(float(root.findtext(f"size/{side}") or 0) for side in ("width", "height"))
+        given = [float(root.findtext(f"size/{side}") or 0) for side in ("width", "height")]
     except (ElementTree.ParseError, ValueError, AttributeError, TypeError) as error:
         need = "each object needs a name and a bndbox of xmin, ymin, xmax, ymax"
         raise ValueError(f"{xml}: not a VOC annotation ({error}): {need}") from error
@@ -217,18 +203,10 @@ def read_record(xml, images):
             image.load()                # to find one that is cut off
     except UNREADABLE as error:
         raise ValueError(f"{path}: not a readable image ({error}): replace it") from error
-    upright = not turned or w == h or given != (w, h)
+    upright = not turned or w == h or given != [w, h]
     w, h = (h, w) if turned and upright else (w, h)
     return {"path": path, "upright": upright, "size": (h, w), "objects": objects,
-            "wrong_size": all(given) and given != (w, h)}
-
-def read_set(title, xmls, images):
-    """The records of a set's annotations. Raises ValueError."""
-    if not xmls:
-        raise ValueError(f"the set {title} is empty: no annotations (XML files)")
-    with ThreadPool(os.cpu_count()) as pool:
-        records = pool.imap(lambda xml: read_record(xml, images), xmls, chunksize=16)
-        return list(progress(f"read {title}", records, len(xmls)))
+            "wrong_size": all(given) and given != [w, h]}
 
 class VOC(Dataset):
     """Images (3, h, w) uint8 and their targets; `classes` are the names of the labels. To train on,
@@ -241,16 +219,16 @@ class VOC(Dataset):
         label_of |= {name: label for label, name in enumerate(classes)}
         counts = Counter()
         for record in records:
-            rows = [[*box, label_of[name], difficult]
-                    for name, box, difficult in record["objects"] if name in label_of]
+            rows = [[label_of[name], *rest]
+                    for name, *rest in record["objects"] if name in label_of]
             counts["of other classes left out"] += len(record["objects"]) - len(rows)
             rows, (h, w) = torch.tensor(rows).view(-1, 6), record["size"]
-            boxes = rows[:, :4].clamp(min=0).minimum(torch.tensor([w, h, w, h]))
+            boxes = rows[:, 1:5].clamp(min=0).minimum(torch.tensor([w, h, w, h]))
             keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            counts["clipped to their image"] += int((boxes != rows[:, :4])[keep].any(1).sum())
+            counts["clipped to their image"] += int((boxes != rows[:, 1:5])[keep].any(1).sum())
             counts["without area dropped"] += int((~keep).sum())
             counts["marked difficult"] += int(rows[keep, 5].sum())
-            record["boxes"], record["labels"] = boxes[keep], rows[keep, 4].long()
+            record["boxes"], record["labels"] = boxes[keep], rows[keep, 0].long()
             record["ignore"] = rows[keep, 5].bool()
         wrong = [record["path"] for record in records if record["wrong_size"]]
         objects = sum(len(record["labels"]) for record in records)
@@ -421,7 +399,7 @@ def evaluate(model, criterion, loader, data, args):
     return averages(sums, criterion.weights), ap, predictions
 
 # ---- COCO's average precision --------------------------------------------------------------------
-AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}    # ends included
+AREAS = np.array([(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)])    # all, s, m, l
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 
@@ -431,7 +409,7 @@ def coco_ap(predictions, targets, num_classes):
     predictions: one dict an image, `scores` (n,), `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels.
     targets: one dict an image, `labels` (m,), `boxes` (m, 4), and `ignore` (m,) bool for objects
     that are neither to be found nor wrong to find."""
-    positives, parts = np.zeros((num_classes, len(AREAS)), int), [match_boxes({}, {})[:5]]
+    positives, parts = np.zeros((num_classes, len(AREAS)), int), []
     for prediction, target in zip(predictions, targets, strict=True):
         *part, true_labels, counts = match_boxes(prediction, target)
         np.add.at(positives, true_labels, counts.T)
@@ -455,27 +433,25 @@ def coco_ap(predictions, targets, num_classes):
             precision[t, :, label, area] = np.append(exact[t], 0)[at]
     def mean(values):
         return float(values[values > -1].mean()) if (values > -1).any() else -1.0
-    result = {"AP": precision, "AP50": precision[0], "AP75": precision[5]}
-    result = {name: mean(values[..., 0]) for name, values in result.items()}
-    result |= {f"AP{name}": mean(precision[..., i]) for i, name in enumerate(AREAS) if name}
-    result |= {f"AR{most}": mean(recall[k, ..., 0]) for k, most in enumerate((1, 10, 100))}
-    result |= {f"AR{name}": mean(recall[2, ..., i]) for i, name in enumerate(AREAS) if name}
-    return result | {"AP50_per_class": [mean(precision[0, :, k, 0]) for k in range(num_classes)]}
+    whole = precision[..., 0]
+    return {"AP": mean(whole), "AP50": mean(whole[0]), "AP75": mean(whole[5]),
+            **{f"AP{name}": mean(precision[..., area]) for area, name in enumerate("sml", 1)},
+            **{f"AR{most}": mean(recall[k, ..., 0]) for k, most in enumerate((1, 10, 100))},
+            **{f"AR{name}": mean(recall[2, ..., area]) for area, name in enumerate("sml", 1)},
+            "AP50_per_class": [mean(whole[0, :, label]) for label in range(num_classes)]}
 
 def match_boxes(prediction, target):
     """Greedy matching within the classes of one image, for A areas and T thresholds. Returns, the
     best first, the scores (D,), labels (D,), ranks within the class (D,), hits (A, T, D) and which
     of them are ignored (A, T, D); the true labels (G,), and which of those count (A, G)."""
-    labels, scores, boxes = (np.asarray(prediction.get(name, ()), float)
-                             for name in ("labels", "scores", "boxes"))
-    true_labels, crowd, true_boxes = (np.asarray(target.get(name, ()), float)
-                                      for name in ("labels", "ignore", "boxes"))
-    crowd = np.zeros(len(true_labels), bool) if len(crowd) < len(true_labels) else crowd > 0
+    labels, scores, boxes = (np.asarray(prediction[name]) for name in ("labels", "scores", "boxes"))
+    true_labels, true_boxes = np.asarray(target["labels"]), np.asarray(target["boxes"])
+    crowd = np.asarray(target.get("ignore", 0 * true_labels)) > 0
     order = np.argsort(-scores, kind="stable")
     ranks = np.tril(labels[order, None] == labels[order], -1).sum(1)
     order, ranks = order[ranks < 100], ranks[ranks < 100]
-    boxes, true_boxes = boxes.reshape(-1, 4)[order], true_boxes.reshape(-1, 4)
-    least, most = np.array(list(AREAS.values())).T[..., None]       # (A, 1) each
+    boxes, true_boxes = boxes.reshape(-1, 4)[order].astype(float), true_boxes.reshape(-1, 4)
+    least, most = AREAS.T[..., None]                                # (A, 1) each, inclusive
     area, true_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, true_boxes))
     skip = crowd | (true_area < least) | (true_area > most)         # (A, G)
     ignored = ((area < least) | (area > most))[:, None].repeat(len(IOUS), 1)        # (A, T, D)
@@ -495,7 +471,7 @@ def match_boxes(prediction, target):
         a, t = np.nonzero(hits[..., d])
         free[a, t, best[a, t]] = False
         ignored[a, t, d] = skip[a, best[a, t]]
-    return scores[order], labels[order], ranks, hits, ignored, true_labels.astype(int), ~skip
+    return scores[order], labels[order], ranks, hits, ignored, true_labels, ~skip
 
 # ---- Figures -------------------------------------------------------------------------------------
 def draw_curves(history):
@@ -505,12 +481,12 @@ def draw_curves(history):
     figure = Figure((16, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 4).flat, names):
         for part, line, label in (("train", "-", "training"), ("test", "--", "validation")):
-            points = {entry["epoch"] + 1: entry[f"{part}_{name}"] for entry in history
-                      if f"{part}_{name}" in entry}
+            entries = [entry for entry in history if f"{part}_{name}" in entry]
+            values = [entry[f"{part}_{name}"] for entry in entries]
             if name == "coco_eval_bbox":
-                points, label = {x: y[:3] for x, y in points.items()}, ("AP", "AP50", "AP75")
-            if points:
-                axes.plot(list(points), list(points.values()), line, label=label)
+                values, label = [twelve[:3] for twelve in values], ("AP", "AP50", "AP75")
+            if entries:
+                axes.plot([entry["epoch"] + 1 for entry in entries], values, line, label=label)
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -534,29 +510,28 @@ def arguments(argv):
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any "
         "folder of images and XML files (default: data/VOCdevkit, fetched if missing: 2 GB)")
-    add("--train", nargs="+", metavar="NAME", help="sets to train on (default: train; of a "
-        "VOCdevkit with several years, 2012_train)")
+    add("--train", nargs="+", metavar="NAME",
+        help="sets to train on (default: train; of a VOCdevkit with several years, 2012_train)")
     add("--val", nargs="+", metavar="NAME", help="sets to evaluate on (default: val, 2012_val)")
     add("--classes", metavar="A,B,...", help="the classes, in the order of their labels; objects "
         "of others are left out (default: those of the data, sorted)")
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo, a checkpoint "
         "file, or tiny, a small detector from scratch (default: detr_resnet50)")
     add("--epochs", type=int, metavar="N", help="default: 40; tiny 900")
-    add("--count-difficult", action="store_true", help="evaluate objects marked difficult like "
-        "any other (default: ignored)")
+    add("--count-difficult", action="store_true", help="evaluate difficult objects like any other")
     add("--batch-size", type=int, metavar="N", help="images a step, of all processes (default 16)")
     add("--accumulate", type=int, default=1, metavar="N",
         help="compute each step in N parts, if memory is short (default 1)")
-    add("--lr", type=float, metavar="F", help="learning rate (default: 1e-4, a tenth of it for the "
-        "backbone; tiny 1.2e-3 for all)")
-    add("--output", type=Path, default=Path("outputs"), metavar="DIR",
+    add("--lr", type=float, metavar="F",
+        help="learning rate (default: 1e-4, a tenth of it for the backbone; tiny 1.2e-3 for all)")
+    add("--output", type=Path, default="outputs", metavar="DIR",
         help="folder for checkpoints, log and figures (default: %(default)s)")
     add("--resume", action="store_true", help="continue from checkpoint.pth in --output")
     add("--eval", action="store_true", help="evaluate the model on --val and stop")
     add("--seed", type=int, metavar="N", help="of order, augmentation, new weights (default 0)")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
-    add("--workers", type=int, metavar="N", help="processes that load images (default: one a "
-        "core, 16 at most; 1 without a GPU)")
+    add("--workers", type=int, metavar="N",
+        help="processes that load images (default: one a core, 16 at most; 1 without a GPU)")
     return parser.parse_args(argv)
 
 def run(args):
@@ -597,12 +572,17 @@ def run(args):
         data = years[0]
     latest = f"{years[-1].name[3:]}_" if years else ""
     xmls, images = find_files(data)
-    def records(title, names, every=False):
+    def read_sets(title, names, every=False):
         found = [xml for name in names for xml in find_set(data, xmls, name, args.seed, every)]
-        return read_set(title, list(dict.fromkeys(found)), images)
-    val = records("val", args.val or [latest + "val"], args.eval and not args.val)
-    train = [] if args.eval else records("train", args.train or [latest + "train"])
-    classes = sorted({name for record in train + val for name, _, _ in record["objects"]})
+        if not found:
+            raise ValueError(f"the set {title} is empty: no annotations (XML files)")
+        found = list(dict.fromkeys(found))      # two sets may share some
+        with ThreadPool() as pool:
+            records = pool.imap(partial(read_record, images=images), found)
+            return list(progress(f"read {title}", records, len(found)))
+    val = read_sets("val", args.val or [latest + "val"], args.eval and not args.val)
+    train = [] if args.eval else read_sets("train", args.train or [latest + "train"])
+    classes = sorted({name for record in train + val for name, *_ in record["objects"]})
     classes = [name.strip() for name in args.classes.split(",")] if args.classes else classes
     classes = resumed.get("classes", classes)
 
@@ -640,9 +620,9 @@ def run(args):
     val_loader = DataLoader(Subset(val, range(rank, len(val), world)), **options)
     if args.eval:
         losses, ap, _ = evaluate(model, criterion, val_loader, val, args)
-        *twelve, per_class = ap.values()
-        log(f"loss {losses['loss']:.3f} ", *(f"{k} {v:.3f} " for k, v in zip(ap, twelve)))
-        log("AP50: ", *(f"{k} {v:.3f} " for k, v in zip(classes, per_class) if v >= 0))
+        per_class = zip(classes, ap.pop("AP50_per_class"))
+        log(f"loss {losses['loss']:.3f} ", *(f"{name} {value:.3f} " for name, value in ap.items()))
+        log("AP50: ", *(f"{name} {value:.3f} " for name, value in per_class if value >= 0))
         return
 
     # What is trained, and its state, which --resume reads.
@@ -709,7 +689,7 @@ def run(args):
             lines = [f"{json.dumps(entry)}\n".encode() for entry in history]
             save(args.output / "log.txt", lambda file: file.writelines(lines))
         left = (time.time() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1)
-        log(f"{line}  ETA {clock(left)}", flush=True)
+        log(f"{line}  ETA {timedelta(seconds=round(left))}", flush=True)
 
 def main(argv=None):
     args = arguments(argv)
