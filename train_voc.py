@@ -304,7 +304,8 @@ def from_scratch(epoch, epochs):
 # ---- Model ---------------------------------------------------------------------------------------
 def tiny(num_classes):
     """A DETR of 2.2 M parameters, with stride 16 and trained batch norm, to train from scratch."""
-    backbone = ResNet(BasicBlock, (2, 2, 2), width=32, norm=nn.BatchNorm2d)
+    norm = partial(nn.BatchNorm2d, momentum=0.01)       # statistics over epochs of all sizes
+    backbone = ResNet(BasicBlock, (2, 2, 2), width=32, norm=norm)
     model = DETR(num_classes, backbone, hidden_dim=128, nheads=4, enc_layers=2, dec_layers=4,
                  dim_feedforward=512, num_queries=60, dropout=0.0)
     model.size, model.max_size = 192, 341
