@@ -308,7 +308,7 @@ def tiny(num_classes):
     backbone = ResNet(BasicBlock, (2, 2, 2), width=32, norm=norm)
     model = DETR(num_classes, backbone, hidden_dim=128, nheads=4, enc_layers=2, dec_layers=4,
                  dim_feedforward=512, num_queries=60, dropout=0.0)
-    model.size, model.max_size = 192, 341
+    model.size, model.max_size = 208, 370       # objects as large as in the windows of training
     return model
 
 def keep_known_classes(model, classes):
