@@ -451,7 +451,7 @@ def match_boxes(prediction, target):
     order = np.argsort(-scores, kind="stable")
     ranks = np.tril(labels[order, None] == labels[order], -1).sum(1)
     order, ranks = order[ranks < 100], ranks[ranks < 100]
-    boxes, true_boxes = boxes.reshape(-1, 4)[order].astype(float), true_boxes.reshape(-1, 4)
+    boxes, true_boxes = (b.reshape(-1, 4).astype(float) for b in (boxes[order], true_boxes))
     least, most = AREAS.T[..., None]                                # (A, 1) each, inclusive
     area, true_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, true_boxes))
     skip = crowd | (true_area < least) | (true_area > most)         # (A, G)
