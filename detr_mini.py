@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-__all__ = (
-    "box_cxcywh_to_xyxy box_xyxy_to_cxcywh box_iou generalized_box_iou FrozenBatchNorm2d "
-    "BasicBlock Bottleneck ResNet PositionEmbeddingSine MultiheadAttention Transformer MLP DETR "
-    "pad_images HungarianMatcher SetCriterion ZOO COCO_CLASSES post_process fit normalize "
-    "to_tensor detect read_checkpoint load_detr").split()
+__all__ = ("box_cxcywh_to_xyxy box_xyxy_to_cxcywh box_iou generalized_box_iou FrozenBatchNorm2d "
+           "BasicBlock Bottleneck ResNet PositionEmbeddingSine MultiheadAttention Transformer "
+           "MLP DETR pad_images HungarianMatcher SetCriterion ZOO COCO_CLASSES post_process fit "
+           "normalize to_tensor detect read_checkpoint load_detr").split()
 
 # ---- 1. Boxes ------------------------------------------------------------------------------------
 def box_cxcywh_to_xyxy(boxes):
@@ -270,10 +269,10 @@ class MLP(nn.Module):
             x = layer(x).relu()
         return self.layers[-1](x)
 
-def pad_images(images):
-    """Images (3, h, w) of any sizes to one batch (B, 3, H, W), zeros right and below, and its mask
-    (B, H, W) bool, True on padding; or None if nothing is padded."""
-    height, width = (max(image.shape[i] for image in images) for i in (1, 2))
+def pad_images(images, canvas=(0, 0)):
+    """Images (3, h, w) of any sizes to one batch (B, 3, H, W), zeros right and below, at least as
+    large as `canvas`; and its mask (B, H, W) bool, True on padding, or None if there is none."""
+    height, width = map(max, canvas, *(image.shape[1:] for image in images))
     pads = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
     batch = torch.stack([F.pad(image, pad) for image, pad in zip(images, pads)])
     mask = torch.stack([F.pad(torch.zeros_like(image[0], dtype=torch.bool), pad, value=True)
@@ -300,14 +299,14 @@ class DETR(nn.Module):
         self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
         self.aux_loss = aux_loss
         self.classes = [f"class {label}" for label in range(num_classes)]
-        self.size, self.max_size = 800, 1333    # pixels that `detect` resizes to, see `fit`
+        self.sizes, self.canvas = (800, 1333, 1), (0, 0)    # of images: see `fit`, `pad_images`
     def forward(self, images, mask=None):
         """images (B, 3, H, W), normalised floats, with mask (B, H, W) bool, True on padding, or
         None; or a list of (3, h, w), which is padded here. Returns `pred_logits` (B, N, K + 1),
         `pred_boxes` (B, N, 4), cx, cy, w, h in [0, 1] of each image without its padding, and with
         `aux_loss` `aux_outputs`, a list of such dicts of the earlier layers."""
         if isinstance(images, (list, tuple)):
-            images, mask = pad_images(images)
+            images, mask = pad_images(images, self.canvas)
         features = self.backbone[0].body(images)                    # (B, C, H', W')
         valid, attend = torch.ones_like(features[:1, 0], dtype=torch.bool), None    # (1, H', W')
         if mask is not None:
@@ -442,13 +441,13 @@ def post_process(outputs, sizes):
     boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"]) * torch.stack((w, h, w, h), dim=1)[:, None]
     return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
 
-def fit(height, width, size, max_size):
-    """The (height, width) to resize to (paper: A.4): the shorter side becomes `size`, or less, so
-    that the longer one is `max_size`, up to rounding: 100x500 becomes 267x1335 for 1333."""
+def fit(height, width, size, max_size, multiple=1):
+    """The (height, width) to resize to (paper: 4): the shorter side becomes `size`, or less, so
+    that the longer one is about `max_size`; then both become multiples, as of the stride."""
     short, long = sorted((height, width))
-    if long / short * size > max_size:
-        size = max(1, round(max_size * short / long))
-    return tuple(size if side == short else int(size * side / short) for side in (height, width))
+    size = max(1, min(size, round(max_size * short / long)))
+    sides = (size if side == short else int(size * side / short) for side in (height, width))
+    return tuple(max(1, round(side / multiple)) * multiple for side in sides)
 
 def normalize(image):
     """(..., 3, h, w) uint8, or floats in [0, 1], by the mean and std of ImageNet's pixels."""
@@ -473,7 +472,7 @@ def detect(model, images, threshold=0.7):
     images = [image if torch.is_tensor(image) else to_tensor(image) for image in images]
     inputs, results = [], []
     for image in images:
-        size = fit(*image.shape[1:], model.size, model.max_size)
+        size = fit(*image.shape[1:], *model.sizes)
         image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         inputs.append(normalize(image.to(model.query_embed.weight.device)))
     for found in post_process(model(inputs), [image.shape[1:] for image in images]):
@@ -546,5 +545,6 @@ def load_detr(source, num_classes=None, device="cpu"):
         raise ValueError(f"{source} holds no DETR that can be loaded: {what}") from error
     names = checkpoint.get("classes", COCO_CLASSES)
     model.classes = list(names) if len(names) == len(model.classes) else model.classes
-    model.size, model.max_size = config.get("size", 800), config.get("max_size", 1333)
+    model.sizes = config.get("size", 800), config.get("max_size", 1333), config.get("multiple", 1)
+    model.canvas = tuple(config.get("canvas", (0, 0)))
     return model.to(device).eval()

@@ -158,9 +158,9 @@ def run(args):
                             "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]})
         save_png(args.out / f"{stem}.png", draw(image, found))
         if args.attention and found["names"]:
-            rows = -(-fit(h, w, model.size, model.max_size)[0] // model.backbone[0].body.stride)
-            mean = torch.cat([layer.weights[0] for layer in attentions]).mean(0)    # (N, S)
-            mean = mean[found["queries"]].unflatten(1, (rows, -1)).cpu()    # (n, H', W')
+            rows = -(-fit(h, w, *model.sizes)[0] // model.backbone[0].body.stride)
+            mean = torch.cat([one.weights[0] for one in attentions]).mean(0)  # (N, S), 0 on padding
+            mean = mean[:, mean.any(0)][found["queries"]].unflatten(1, (rows, -1)).cpu()
             save_png(args.out / f"{stem}_attention.png", draw_attention(image, found, mean))
     if args.json:
         save(args.json, lambda file: file.write(json.dumps(results).encode()))

@@ -44,18 +44,21 @@ FINE_TUNE = dict(           # COCO's DETR on other images, with the paper's valu
     lr_backbone=0.1,        # times lr
     rate=lambda step, steps: 0.1 if step >= 0.75 * steps else 1,    # times lr
     beta2=0.999,            # of AdamW
-    eos_coef=0.1,           # weight of "no object" in the loss
+    eos_coef=lambda epoch, epochs: 0.1,     # weight of "no object" in the loss
+    train_norm=lambda epoch, epochs: False,     # or batch norm is frozen (A.4)
     evaluate_every=1,       # epochs
 )
 TINY = dict(                # 2.2 M parameters from scratch, on a CPU
-    epochs=900,
+    epochs=1280,
     batch_size=16,
     lr=1.2e-3,
     lr_backbone=1,
-    rate=lambda step, steps: min(1, step / 1000, 1.25 * (1 - step / steps)),
+    rate=lambda step, steps: (min(1, step / 1000, 1.25 - step / (0.6 * steps))
+                              if step < 0.75 * steps else 2 - 2 * step / steps),
     beta2=0.98,
-    eos_coef=0.2,           # as there are fewer queries for an object than in the paper
-    evaluate_every=20,
+    eos_coef=lambda epoch, epochs: 0.1 if epoch < 0.25 * epochs else 0.4,      # against doubles
+    train_norm=lambda epoch, epochs: epoch < 0.75 * epochs,
+    evaluate_every=30,
 )
 MIRRORS = (
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{file}",
@@ -211,8 +214,8 @@ def read_record(xml, images):
 class VOC(Dataset):
     """Images (3, h, w) uint8 and their targets; `classes` are the names of the labels. To train on,
     augment(epoch) is a list of transforms, and difficult objects are left out."""
-    def __init__(self, records, classes, size, max_size, augment=None, seed=0):
-        self.records, self.classes, self.size, self.max_size = records, classes, size, max_size
+    def __init__(self, records, classes, sizes, augment=None, seed=0):
+        self.records, self.classes, self.sizes = records, classes, sizes
         self.augment, self.seed = augment, seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()     # seen by the workers
         label_of = {voc: classes.index(name) for voc, name in COCO_NAMES.items() if name in classes}
@@ -252,14 +255,14 @@ class VOC(Dataset):
                 image, target = v2.Compose(self.augment(epoch))(tv_tensors.Image(image), target)
             (boxes, labels), (h, w) = target.values(), image.shape[1:]
         else:
-            image = v2.functional.resize(image, fit(h, w, self.size, self.max_size))
+            image = v2.functional.resize(image, fit(h, w, *self.sizes))
         boxes = box_xyxy_to_cxcywh(torch.Tensor(boxes)) / torch.tensor([w, h, w, h])
         return image.as_subclass(torch.Tensor), {"boxes": boxes, "labels": labels, "index": index}
 
-def collate(samples):
+def collate(samples, canvas=(0, 0)):
     """[(image, target)] to a batch (B, 3, H, W) uint8, its mask (B, H, W) or None, the targets."""
     images, targets = zip(*samples)
-    return *pad_images(images), targets
+    return *pad_images(images, canvas), targets
 
 # ---- Augmentation (A.4): change it by changing a list --------------------------------------------
 class RandomSizeCrop(v2.Transform):
@@ -288,15 +291,21 @@ def paper(epoch, epochs):
     ]
 
 def from_scratch(epoch, epochs):
-    """For `tiny`: an epoch has one size, so batches need little padding. Images grow in three
-    steps: an epoch at half size teaches about as much, in less than half of the time."""
-    size = round((160, 176, 192, 208, 224)[epoch % 5] * (0.5, 0.75, 1)[3 * epoch // epochs])
+    """For `tiny`: an epoch has one size, so batches need little padding; half of it in the first
+    quarter, where it teaches as much in half of the time. In the last, sizes are mixed: statistics
+    of a batch of one size tell that size, and what relies on them fails at inference."""
+    quarter = 4 * epoch // epochs
+    size = (208, 176, 240, 192, 224)[epoch % 5 if quarter < 3 else int(torch.randint(5, ()))]
+    size = size if quarter > 0 else size // 2
+    def resize(inpt):
+        h, w = v2.functional.get_size(inpt)
+        return v2.functional.resize(inpt, fit(h, w, size, round(size * 4 / 3), multiple=16))
     return [
         v2.RandomHorizontalFlip(),
         v2.RandomVerticalFlip(),
-        v2.RandomIoUCrop(min_scale=0.6, min_aspect_ratio=1, max_aspect_ratio=1.6,
+        v2.RandomIoUCrop(min_scale=0.6, min_aspect_ratio=1, max_aspect_ratio=1.8,
                          sampler_options=[0.0, 0.0, 0.0, 1.0]),     # 1 image in 4 is not cropped
-        v2.RandomShortestSize(size, max_size=2 * size),
+        v2.Lambda(resize, tv_tensors.Image, tv_tensors.BoundingBoxes),
         v2.ColorJitter(brightness=0.2, contrast=0.2),
         v2.SanitizeBoundingBoxes(),
     ]
@@ -308,7 +317,7 @@ def tiny(num_classes):
     backbone = ResNet(BasicBlock, (2, 2, 2), width=32, norm=norm)
     model = DETR(num_classes, backbone, hidden_dim=128, nheads=4, enc_layers=2, dec_layers=4,
                  dim_feedforward=512, num_queries=60, dropout=0.0)
-    model.size, model.max_size = 208, 370       # objects as large as in the windows of training
+    model.sizes, model.canvas = (224, 299, 16), (240, 320)      # that of the last quarter's batches
     return model
 
 def keep_known_classes(model, classes):
@@ -357,7 +366,6 @@ def averages(sums, weights):
 
 def train_one_epoch(model, criterion, optimizer, schedule, scaler, loader, title, args):
     """One pass over the training images; returns the averages of the losses."""
-    model.train()
     criterion.train()
     sums = Counter()
     for batch in progress(title, loader, len(loader), args.batch_size):
@@ -541,10 +549,13 @@ def run(args):
     log = print if rank == 0 else lambda *_, **__: None
     args.device, args.dtype = choose_device(args.device), torch.float32
     cuda = args.device.type == "cuda"
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()        # an older torch cannot tell
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", args.device.index or 0)))
         args.device = torch.device("cuda", torch.cuda.current_device())
         args.dtype = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    elif args.device.type == "cpu" and cpu.get("avx512_bf16"):
+        args.dtype = torch.bfloat16
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
 
@@ -601,24 +612,25 @@ def run(args):
             new = keep_known_classes(model, classes)
     model.classes, model.aux_loss = classes, True
     model.to(args.device, memory_format=torch.channels_last)
-    criterion = SetCriterion(len(classes), HungarianMatcher(), args.eos_coef).to(args.device)
+    criterion = SetCriterion(len(classes), HungarianMatcher()).to(args.device)
     most = max(len(record["objects"]) for record in train + val)
     if not args.eval:
         augment = partial(from_scratch if recipe is TINY else paper, epochs=args.epochs)
-        train = VOC(train, classes, model.size, model.max_size, augment, args.seed)
+        train = VOC(train, classes, model.sizes, augment, args.seed)
         alone = images.keys() - {key(xml.name) for xml in xmls}
         log(f"train: {train.summary}" + f"; {len(alone)} images without XML" * bool(alone))
         args.batch_size = min(args.batch_size, len(train))
-    val = VOC(val, classes, model.size, model.max_size)
+    val = VOC(val, classes, model.sizes)
     log(f"val: {val.summary}\nclasses: {', '.join(name for name in classes if name != 'N/A')}")
     if new:
         log(f"class head: new and untrained are {', '.join(new)}")
     if most > (queries := model.query_embed.num_embeddings):
         log(f"note: up to {most} objects in an image; {queries} queries find at most {queries}")
     options = dict(batch_size=max(1, args.batch_size // world), num_workers=args.workers,
-                   collate_fn=collate, pin_memory=cuda, persistent_workers=args.workers > 0,
+                   pin_memory=cuda, persistent_workers=args.workers > 0,
                    generator=torch.Generator())     # of the workers' seeds, not of dropout
-    val_loader = DataLoader(Subset(val, range(rank, len(val), world)), **options)
+    part = Subset(val, range(rank, len(val), world))
+    val_loader = DataLoader(part, collate_fn=partial(collate, canvas=model.canvas), **options)
     if args.eval:
         losses, ap, _ = evaluate(model, criterion, val_loader, val, args)
         per_class = zip(classes, ap.pop("AP50_per_class"))
@@ -628,7 +640,8 @@ def run(args):
 
     # What is trained, and its state, which --resume reads.
     sampler = DistributedSampler(train, world, rank, seed=args.seed, drop_last=True)
-    train_loader = DataLoader(train, sampler=sampler, drop_last=True, **options)
+    train_loader = DataLoader(
+        train, sampler=sampler, collate_fn=collate, drop_last=True, **options)
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
     backbone = {"params": model.backbone.parameters(), "lr": args.lr * args.lr_backbone}
     optimizer = torch.optim.AdamW([{"params": others}, backbone], args.lr, (0.9, args.beta2),
@@ -647,8 +660,9 @@ def run(args):
     log(f"{n_parameters / 1e6:.1f} M parameters to train, {args.batch_size} images a step, "
         f"learning rate {args.lr:g}, backbone {args.lr * args.lr_backbone:g}")
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    config = {"nheads": model.transformer.decoder.layers[0].self_attn.heads, "size": model.size,
-              "max_size": model.max_size, "dilation": model.backbone[0].body.dilation}
+    config = {"nheads": model.transformer.decoder.layers[0].self_attn.heads,
+              "dilation": model.backbone[0].body.dilation,
+              **dict(zip(("size", "max_size", "multiple"), model.sizes)), "canvas": model.canvas}
     settings = {k: getattr(args, k) for k in ("model", "epochs", "batch_size", "lr", "seed")}
     began = time.time()
 
@@ -656,6 +670,9 @@ def run(args):
         start, title = time.time(), f"epoch {epoch + 1}/{args.epochs}"
         sampler.set_epoch(epoch)
         train.epoch.fill_(epoch)
+        parallel.train()
+        model.backbone.train(args.train_norm(epoch, args.epochs))
+        criterion.class_weight[-1] = args.eos_coef(epoch, args.epochs)
         torch.manual_seed(hash((args.seed, epoch, rank)))       # of dropout, resumed or not
         losses = train_one_epoch(
             parallel, criterion, optimizer, schedule, scaler, train_loader, title, args)
