@@ -317,7 +317,7 @@ def tiny(num_classes):
     backbone = ResNet(BasicBlock, (2, 2, 2), width=32, norm=norm)
     model = DETR(num_classes, backbone, hidden_dim=128, nheads=4, enc_layers=2, dec_layers=4,
                  dim_feedforward=512, num_queries=60, dropout=0.0)
-    model.sizes, model.canvas = (224, 299, 16), (240, 320)      # that of the last quarter's batches
+    model.sizes, model.canvas = (192, 256, 16), (240, 320)      # that of the last quarter's batches
     return model
 
 def keep_known_classes(model, classes):
