@@ -45,7 +45,7 @@ FINE_TUNE = dict(           # COCO's DETR on other images, with the paper's valu
     rate=lambda step, steps: 0.1 if step >= 0.75 * steps else 1,    # times lr
     beta2=0.999,            # of AdamW
     eos_coef=lambda epoch, epochs: 0.1,     # weight of "no object" in the loss
-    train_norm=lambda epoch, epochs: False,     # or batch norm is frozen (A.4)
+    train_norm=lambda epoch, epochs: False,     # whether batch norm is trained, or frozen (A.4)
     evaluate_every=1,       # epochs
 )
 TINY = dict(                # 2.2 M parameters from scratch, on a CPU
@@ -53,7 +53,7 @@ TINY = dict(                # 2.2 M parameters from scratch, on a CPU
     batch_size=16,
     lr=1.2e-3,
     lr_backbone=1,
-    rate=lambda step, steps: (min(1, step / 1000, 1.25 - step / (0.6 * steps))
+    rate=lambda step, steps: (min(1, step / 1000, 1.25 - step / (0.6 * steps))      # to 0, twice
                               if step < 0.75 * steps else 2 - 2 * step / steps),
     beta2=0.98,
     eos_coef=lambda epoch, epochs: 0.1 if epoch < 0.25 * epochs else 0.4,      # against doubles
