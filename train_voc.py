@@ -366,7 +366,6 @@ def averages(sums, weights):
 
 def train_one_epoch(model, criterion, optimizer, schedule, scaler, loader, title, args):
     """One pass over the training images; returns the averages of the losses."""
-    criterion.train()
     sums = Counter()
     for batch in progress(title, loader, len(loader), args.batch_size):
         parts = torch.arange(len(batch[2])).chunk(args.accumulate)
@@ -640,8 +639,7 @@ def run(args):
 
     # What is trained, and its state, which --resume reads.
     sampler = DistributedSampler(train, world, rank, seed=args.seed, drop_last=True)
-    train_loader = DataLoader(
-        train, sampler=sampler, collate_fn=collate, drop_last=True, **options)
+    train_loader = DataLoader(train, sampler=sampler, collate_fn=collate, drop_last=True, **options)
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
     backbone = {"params": model.backbone.parameters(), "lr": args.lr * args.lr_backbone}
     optimizer = torch.optim.AdamW([{"params": others}, backbone], args.lr, (0.9, args.beta2),
@@ -671,6 +669,7 @@ def run(args):
         sampler.set_epoch(epoch)
         train.epoch.fill_(epoch)
         parallel.train()
+        criterion.train()
         model.backbone.train(args.train_norm(epoch, args.epochs))
         criterion.class_weight[-1] = args.eos_coef(epoch, args.epochs)
         torch.manual_seed(hash((args.seed, epoch, rank)))       # of dropout, resumed or not
