@@ -19,11 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-
-__all__ = ("box_cxcywh_to_xyxy box_xyxy_to_cxcywh box_iou generalized_box_iou FrozenBatchNorm2d "
-           "BasicBlock Bottleneck ResNet PositionEmbeddingSine MultiheadAttention Transformer "
-           "MLP DETR pad_images HungarianMatcher SetCriterion ZOO COCO_CLASSES post_process fit "
-           "normalize to_tensor detect read_checkpoint load_detr").split()
+from torch.nn.utils.rnn import pad_sequence
 
 # ---- 1. Boxes ------------------------------------------------------------------------------------
 def box_cxcywh_to_xyxy(boxes):
@@ -36,40 +32,41 @@ def box_xyxy_to_cxcywh(boxes):
     x0, y0, x1, y1 = boxes.unbind(-1)
     return torch.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), dim=-1)
 
-def _areas(boxes1, boxes2):
-    """Of every pair, (..., N, M): the areas of intersection, union and smallest box around both."""
-    a, b = boxes1[..., :, None, :], boxes2[..., None, :, :]         # (..., N, 1, 4), (..., 1, M, 4)
+def box_areas(boxes1, boxes2):
+    """The areas of intersection, union and smallest enclosing box of every pair of x0 y0 x1 y1
+    boxes: (..., N, 4), (..., M, 4) to three tensors (..., N, M), in square units of the boxes."""
+    a = boxes1[..., :, None, :]                                     # (..., N, 1, 4)
+    b = boxes2[..., None, :, :]                                     # (..., 1, M, 4)
     inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
+    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
     intersection = inner.clamp(min=0).prod(-1)
-    area1, area2 = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
-    return intersection, area1 + area2 - intersection, outer.prod(-1)
+    return intersection, area_a + area_b - intersection, outer.prod(-1)
 
 def box_iou(boxes1, boxes2):
     """IoU of every pair of x0 y0 x1 y1 boxes: (..., N, 4), (..., M, 4) to (..., N, M) in [0, 1]."""
-    intersection, union, _ = _areas(boxes1, boxes2)
+    intersection, union, _ = box_areas(boxes1, boxes2)
     return intersection / union
 
 def generalized_box_iou(boxes1, boxes2):
-    """GIoU of every pair, shapes as in `box_iou`, in [-1, 1] (paper: A.2): IoU minus the share of
-    the smallest box around both that neither fills. Boxes apart still have a gradient."""
-    intersection, union, around = _areas(boxes1, boxes2)
-    return intersection / union - (around - union) / around
+    """GIoU of every pair, shapes as in `box_iou`, in [-1, 1] (paper: A.2)."""
+    intersection, union, enclosing = box_areas(boxes1, boxes2)
+    # GIoU = IoU - |enclosing box without the union| / |enclosing box|: boxes apart have a gradient
+    return intersection / union - (enclosing - union) / enclosing
 
 # ---- 2. Backbone (3.2) ---------------------------------------------------------------------------
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm with constant statistics, (B, C, H, W) to (B, C, H, W): batches of a few images
-    are too small to estimate them (paper: A.4). Loads the weights of `nn.BatchNorm2d`."""
-    eps = 1e-5
+    """Batch norm with constant statistics: batches of a few images are too small to estimate them
+    (paper: A.4). `conv_norm` applies it."""
+
     def __init__(self, channels):
         super().__init__()
-        for name, value in dict(weight=1.0, bias=0.0, running_mean=0.0, running_var=1.0).items():
-            self.register_buffer(name, torch.full((channels,), value))
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-    def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        self.eps = 1e-5
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
 
 def conv_norm(x, conv, norm):
     """`norm(conv(x))`, a constant norm folded into the weight: one pass over x instead of two."""
@@ -83,20 +80,24 @@ def conv_norm(x, conv, norm):
 class BasicBlock(nn.Module):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
     expansion = 1
+
     def __init__(self, inplanes, planes, stride, dilation, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation, bias=False)
         self.bn1 = norm(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, dilation, dilation, bias=False)
         self.bn2 = norm(planes)
+        self.downsample = None
+
     def forward(self, x):
-        shortcut = conv_norm(x, *self.downsample) if hasattr(self, "downsample") else x
+        shortcut = x if self.downsample is None else conv_norm(x, *self.downsample)
         x = conv_norm(x, self.conv1, self.bn1).relu_()
         return conv_norm(x, self.conv2, self.bn2).add_(shortcut).relu_()
 
 class Bottleneck(nn.Module):
     """The residual block of ResNet-50 and 101: 1x1 down, 3x3, 1x1 up to four times the width."""
     expansion = 4
+
     def __init__(self, inplanes, planes, stride, dilation, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
@@ -105,43 +106,51 @@ class Bottleneck(nn.Module):
         self.bn2 = norm(planes)
         self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
         self.bn3 = norm(4 * planes)
+        self.downsample = None
+
     def forward(self, x):
-        shortcut = conv_norm(x, *self.downsample) if hasattr(self, "downsample") else x
+        shortcut = x if self.downsample is None else conv_norm(x, *self.downsample)
         x = conv_norm(x, self.conv1, self.bn1).relu_()
         x = conv_norm(x, self.conv2, self.bn2).relu_()
         return conv_norm(x, self.conv3, self.bn3).add_(shortcut).relu_()
 
 class ResNet(nn.Module):
-    """Images (B, 3, H, W) to features (B, num_channels, H/stride, W/stride), sizes rounded up.
-    `layers` counts the blocks of each stage: four stages for stride 32, three for 16. `dilation`
-    (DC5) replaces the stride of the last stage. With the frozen norm, stem and first stage are not
-    trained (A.4); to train from scratch take `norm=nn.BatchNorm2d`."""
+    """Images (B, 3, H, W) to features (B, num_channels, H/stride, W/stride), rounded up. `layers`
+    counts the blocks of each stage: four for stride 32, three for 16. `dilation` (DC5) replaces the
+    last stage's stride. With the frozen norm, stem and first stage are not trained either (A.4)."""
+
     def __init__(self, block, layers, width=64, dilation=False, norm=FrozenBatchNorm2d):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(width)
-        self.stride, self.num_channels, self.dilation = 4, width, dilation
+        self.dilation = dilation
+        self.stride = 4
+        self.num_channels = width
         self.stages = [f"layer{i + 1}" for i in range(len(layers))]
         for i, (stage, depth) in enumerate(zip(self.stages, layers)):
-            dilate = dilation and stage == self.stages[-1]
-            stride, planes = 1 if i == 0 or dilate else 2, width * 2**i
-            inplanes, outplanes = self.num_channels, planes * block.expansion
-            blocks = [block(inplanes, planes, stride, 1, norm)]
-            if stride != 1 or inplanes != outplanes:
-                conv = nn.Conv2d(inplanes, outplanes, 1, stride, bias=False)
-                blocks[0].downsample = nn.Sequential(conv, norm(outplanes))
+            dilated = dilation and stage == self.stages[-1]
+            stride = 1 if i == 0 or dilated else 2
+            planes = width * 2**i
+            channels = planes * block.expansion
+            blocks = [block(self.num_channels, planes, stride, 1, norm)]
+            if stride != 1 or self.num_channels != channels:
+                conv = nn.Conv2d(self.num_channels, channels, 1, stride, bias=False)
+                blocks[0].downsample = nn.Sequential(conv, norm(channels))
             for _ in range(depth - 1):
-                blocks.append(block(outplanes, planes, 1, 2 if dilate else 1, norm))
+                blocks.append(block(channels, planes, 1, 2 if dilated else 1, norm))
             self.add_module(stage, nn.Sequential(*blocks))
-            self.stride, self.num_channels = self.stride * stride, outplanes
+            self.stride *= stride
+            self.num_channels = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if norm is FrozenBatchNorm2d:
             nn.Sequential(self.conv1, self.layer1).requires_grad_(False)
+
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.max_pool2d(conv_norm(x, self.conv1, self.bn1).relu_(), 3, stride=2, padding=1)
+        x = conv_norm(x, self.conv1, self.bn1).relu_()
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return x
@@ -157,24 +166,32 @@ RESNETS = {
 class PositionEmbeddingSine(nn.Module):
     """A cell's row (first half of the channels) and column as sines and cosines. Both are counted
     over the image without its padding and scaled to (0, 2 pi], whatever its size."""
-    def __init__(self, channels_per_axis=128, temperature=10000):
+
+    def __init__(self, channels_per_axis=128):
         super().__init__()
-        self.channels_per_axis, self.temperature = channels_per_axis, temperature
+        self.channels_per_axis = channels_per_axis
+
+    def encode(self, p):
+        """Positions p (B, H', W') on one axis to (B, H', W', d), d = `channels_per_axis`."""
+        # PE(p, 2i) = sin(p / 10000^(2i/d)),  PE(p, 2i + 1) = cos(p / 10000^(2i/d))
+        d = self.channels_per_axis
+        two_i = torch.arange(0, d, 2, device=p.device).to(p.dtype)
+        angles = p[..., None] / 10000 ** (two_i / d)                # (B, H', W', d/2)
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
     def forward(self, valid, dtype=torch.float32):
         """valid (B, H', W') bool, False on padding, to (B, S, 2 * channels_per_axis)."""
-        rows, columns = valid.cumsum(1, dtype=dtype), valid.cumsum(2, dtype=dtype)    # (B, H', W')
+        rows = valid.cumsum(1, dtype=dtype)                         # (B, H', W')
+        columns = valid.cumsum(2, dtype=dtype)
         rows = rows / (rows[:, -1:] + 1e-6) * 2 * math.pi
         columns = columns / (columns[:, :, -1:] + 1e-6) * 2 * math.pi
-        i = torch.arange(self.channels_per_axis, device=valid.device).to(dtype) // 2
-        wavelengths = self.temperature ** (2 * i / self.channels_per_axis)
-        angles = torch.stack((rows, columns), 3)[..., None] / wavelengths   # (B, H', W', 2, d/2)
-        waves = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=5)
-        return waves.flatten(3).flatten(1, 2)                       # (B, S, d)
+        return torch.cat((self.encode(rows), self.encode(columns)), dim=3).flatten(1, 2)
 
 # ---- 4. Attention and transformer (A.1, A.3) -----------------------------------------------------
 class MultiheadAttention(nn.Module):
     """softmax(q k^T / sqrt(d/heads)) v in every head, between an input and an output projection
     (paper: A.1). If `keep_weights`, `weights` (B, heads, N, S) is the last call's attention."""
+
     def __init__(self, d, heads, dropout=0.0):
         super().__init__()
         self.heads = heads
@@ -184,12 +201,15 @@ class MultiheadAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
         self.out_proj = nn.Linear(d, d)
         nn.init.zeros_(self.out_proj.bias)
+
     def forward(self, q, k, v, attend=None):
         """q (B, N, d), k and v (B, S, d), attend (B, 1, 1, S) bool or None, to (B, N, d)."""
-        projections = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        projected = (F.linear(x, weight, bias) for x, weight, bias in projections)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
-        if self.keep_weights:
+        weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)             # (d, d) each
+        bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
+        q = F.linear(q, weight_q, bias_q).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = F.linear(k, weight_k, bias_k).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = F.linear(v, weight_v, bias_v).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if self.keep_weights:                                       # v (B, heads, S, d/heads)
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])       # (B, heads, N, S)
             if attend is not None:
                 scores = scores.masked_fill(~attend, -math.inf)
@@ -203,6 +223,7 @@ class MultiheadAttention(nn.Module):
 class TransformerEncoderLayer(nn.Module):
     """Self-attention among the cells, then a feed-forward network for each cell (paper: A.3). There
     dropout comes before ReLU: the two commute, and the backward pass needs one tensor less."""
+
     def __init__(self, d, heads, dim_feedforward, dropout):
         super().__init__()
         self.self_attn = MultiheadAttention(d, heads, dropout)
@@ -211,8 +232,10 @@ class TransformerEncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(d)
         self.norm2 = nn.LayerNorm(d)
         self.dropout = nn.Dropout(dropout)
+
     def feed_forward(self, x):
         return self.dropout(self.linear2(self.dropout(self.linear1(x)).relu_()))
+
     def forward(self, x, pos, attend):
         q = k = x + pos                                             # (B, S, d)
         x = self.norm1(x + self.dropout(self.self_attn(q, k, x, attend)))
@@ -221,10 +244,12 @@ class TransformerEncoderLayer(nn.Module):
 class TransformerDecoderLayer(TransformerEncoderLayer):
     """Self-attention among the queries, cross-attention to the memory, a feed-forward network. The
     learned queries are added like positions: to q and k, and to q of the cross-attention (A.3)."""
+
     def __init__(self, d, heads, dim_feedforward, dropout):
         super().__init__(d, heads, dim_feedforward, dropout)
         self.multihead_attn = MultiheadAttention(d, heads, dropout)
         self.norm3 = nn.LayerNorm(d)
+
     def forward(self, x, queries, memory, memory_pos, attend):
         q = k = x + queries                                         # (B, N, d)
         x = self.norm1(x + self.dropout(self.self_attn(q, k, x)))
@@ -234,6 +259,7 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
 
 class Transformer(nn.Module):
     """Encoder and decoder (paper: A.3, Fig. 10)."""
+
     def __init__(self, d, heads, enc_layers, dec_layers, dim_feedforward, dropout):
         super().__init__()
         sizes = d, heads, dim_feedforward, dropout
@@ -244,45 +270,53 @@ class Transformer(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-    def forward(self, memory, pos, attend, queries, every_layer=True):
-        """memory (B, S, d), pos (B or 1, S, d), attend (B, 1, 1, S) bool or None, queries (N, d)
-        to (L, B, N, d); or to (1, B, N, d), the last layer alone, without `every_layer`."""
+
+    def forward(self, cells, pos, attend, queries, all_layers=True):
+        """cells (B, S, d), pos (B or 1, S, d), attend (B, 1, 1, S) bool or None, queries (N, d) to
+        all layers' outputs (L, B, N, d), or to the last one's, (1, B, N, d)."""
         for layer in self.encoder.layers:
-            memory = layer(memory, pos, attend)
+            cells = layer(cells, pos, attend)
+        memory = cells                                              # (B, S, d)
         memory_pos = memory + pos
         queries = queries.expand(len(memory), -1, -1)               # (B, N, d)
-        x, outputs = torch.zeros_like(queries), []
+        x = torch.zeros_like(queries)
+        outputs = []
         for layer in self.decoder.layers:
             x = layer(x, queries, memory, memory_pos, attend)
             outputs.append(x)
-        return self.decoder.norm(torch.stack(outputs if every_layer else outputs[-1:]))
+        return self.decoder.norm(torch.stack(outputs if all_layers else outputs[-1:]))
 
 # ---- 5. DETR (3.2) -------------------------------------------------------------------------------
 class MLP(nn.Module):
     """Linear layers with ReLU between them."""
+
     def __init__(self, input_dim, hidden_dim, output_dim, num_layers):
         super().__init__()
         dims = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
         self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in zip(dims, dims[1:]))
+
     def forward(self, x):
         for layer in self.layers[:-1]:
             x = layer(x).relu()
         return self.layers[-1](x)
 
-def pad_images(images, canvas=(0, 0)):
-    """Images (3, h, w) of any sizes to one batch (B, 3, H, W), zeros right and below, at least as
-    large as `canvas`; and its mask (B, H, W) bool, True on padding, or None if there is none."""
-    height, width = map(max, canvas, *(image.shape[1:] for image in images))
-    pads = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
-    batch = torch.stack([F.pad(image, pad) for image, pad in zip(images, pads)])
-    mask = torch.stack([F.pad(torch.zeros_like(image[0], dtype=torch.bool), pad, value=True)
-                        for image, pad in zip(images, pads)])
-    return batch, mask if any(map(any, pads)) else None
+def pad_images(images):
+    """Images (3, h, w) of any sizes to one batch (B, 3, H, W), zeros right and below; and its mask
+    (B, H, W) bool, True on padding, or None if all are of one size."""
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    mask = torch.ones_like(batch[:, 0], dtype=torch.bool)
+    for i, image in enumerate(images):
+        batch[i, :, :image.shape[1], :image.shape[2]] = image
+        mask[i, :image.shape[1], :image.shape[2]] = False
+    return batch, mask if len({image.shape for image in images}) > 1 else None
 
 class DETR(nn.Module):
     """The detector (paper: 3.2, Fig. 2). `num_classes` counts object classes; "no object" is one
     more, the last. `backbone` is a name of `RESNETS`, or a `ResNet`, which has its own dilation.
     With `aux_loss` every decoder layer predicts (A.2). `nheads` and 4 divide `hidden_dim`."""
+
     def __init__(self, num_classes=91, backbone="resnet50", dilation=False, hidden_dim=256,
                  nheads=8, enc_layers=6, dec_layers=6, dim_feedforward=2048, num_queries=100,
                  dropout=0.1, aux_loss=False):
@@ -299,121 +333,262 @@ class DETR(nn.Module):
         self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
         self.aux_loss = aux_loss
         self.classes = [f"class {label}" for label in range(num_classes)]
-        self.sizes, self.canvas = (800, 1333, 1), (0, 0)    # of images: see `fit`, `pad_images`
+        self.sizes = 800, 1333                                      # of images: see `fit`
+
     def forward(self, images, mask=None):
-        """images (B, 3, H, W), normalised floats, with mask (B, H, W) bool, True on padding, or
-        None; or a list of (3, h, w), which is padded here. Returns `pred_logits` (B, N, K + 1),
-        `pred_boxes` (B, N, 4), cx, cy, w, h in [0, 1] of each image without its padding, and with
-        `aux_loss` `aux_outputs`, a list of such dicts of the earlier layers."""
+        """images (B, 3, H, W), normalised, and mask (B, H, W) bool, True on padding, or None; or a
+        list of (3, h, w), padded here. Returns `pred_logits` (B, N, K + 1), `pred_boxes` (B, N, 4)
+        and with `aux_loss` `aux_outputs`, a list of such dicts of the earlier layers."""
         if isinstance(images, (list, tuple)):
-            images, mask = pad_images(images, self.canvas)
+            images, mask = pad_images(images)
         features = self.backbone[0].body(images)                    # (B, C, H', W')
-        valid, attend = torch.ones_like(features[:1, 0], dtype=torch.bool), None    # (1, H', W')
+        valid = torch.ones_like(features[:1, 0], dtype=torch.bool)  # (1, H', W')
+        attend = None
         if mask is not None:
             valid = ~F.interpolate(mask[None].float(), valid.shape[1:])[0].bool()     # (B, H', W')
-            attend = valid.flatten(1)[:, None, None]                 # (B, 1, 1, S)
+            attend = valid.flatten(1)[:, None, None]                # (B, 1, 1, S)
         full = torch.promote_types(features.dtype, torch.float32)   # under autocast, too
-        pos = self.backbone[1](valid, full)                          # (B or 1, S, d)
-        memory = self.input_proj(features).flatten(2).transpose(1, 2)           # (B, S, d)
-        x = self.transformer(memory, pos, attend, self.query_embed.weight, self.aux_loss)
+        pos = self.backbone[1](valid, full)                         # (B or 1, S, d)
+        cells = self.input_proj(features).flatten(2).transpose(1, 2)            # (B, S, d)
+        x = self.transformer(cells, pos, attend, self.query_embed.weight, self.aux_loss)
         logits = self.class_embed(x).to(full)                       # x (L, B, N, d) to (..., K + 1)
         boxes = self.bbox_embed(x).to(full).sigmoid()               # (L, B, N, 4)
-        *earlier, last = ({"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes))
-        return {**last, "aux_outputs": earlier} if self.aux_loss else last
+        layers = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes)]
+        return layers[-1] | {"aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
 
 # ---- 6. Matching (3.1, Eq. 1) --------------------------------------------------------------------
+def pad_targets(targets):
+    """Labels (B, M) int64 and boxes (B, M, 4), padded to M objects, those of the fullest image."""
+    labels = pad_sequence([target["labels"].long() for target in targets], batch_first=True)
+    boxes = pad_sequence([target["boxes"].view(-1, 4) for target in targets], batch_first=True)
+    return labels, boxes
+
 class HungarianMatcher:
     """The cheapest one-to-one assignment of queries to objects (paper: 3.1, Eq. 1)."""
+
     def __init__(self, cost_class=1, cost_bbox=5, cost_giou=2):
-        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.cost_class = cost_class
+        self.cost_bbox = cost_bbox
+        self.cost_giou = cost_giou
+
     @torch.no_grad()
     def __call__(self, outputs, targets):
-        """outputs: `pred_logits` (B, N, K + 1), `pred_boxes` (B, N, 4), or (L * B, ...), L layers;
-        targets: one dict an image, `labels` (M,) int64, `boxes` (M, 4). Returns (query_indices,
-        target_indices) for each of B or L * B, on the CPU. ValueError for a label out of range."""
-        p, boxes = outputs["pred_logits"].softmax(-1), outputs["pred_boxes"]
-        N, K = p.shape[1], p.shape[2] - 1                           # p (L * B, N, K + 1)
-        labels, objects = (nn.utils.rnn.pad_sequence([t[name] for t in targets], batch_first=True)
-                           for name in ("labels", "boxes"))         # (B, M), (B, M, 4)
-        labels = labels.repeat(len(p) // len(labels), 1)[:, None]   # (L * B, 1, M)
-        objects = objects.repeat(len(p) // len(objects), 1, 1).to(boxes)        # (L * B, M, 4)
-
+        """outputs: `pred_logits` (B, N, K + 1), `pred_boxes` (B, N, 4); targets: one dict an image,
+        `labels` (M,) integers, `boxes` (M, 4). Returns (query_indices, target_indices) for each
+        image, on the CPU."""
+        p = outputs["pred_logits"].softmax(-1)                      # (B, N, K + 1)
+        boxes = outputs["pred_boxes"]                               # (B, N, 4)
+        labels, objects = pad_targets(targets)                      # (B, M), (B, M, 4)
+        objects = objects.to(boxes)
         # Eq. 1: the cost of a pair is  - p(class) + 5 |box - box|_1 - 2 GIoU(box, box)
-        p_class = p.gather(2, labels.clamp(0, K - 1).expand(-1, N, -1))         # (L * B, N, M)
+        p_class = p.gather(2, labels[:, None].expand(-1, p.shape[1], -1))       # (B, N, M)
         l1 = torch.cdist(boxes, objects, p=1)
         giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects))
         cost = -self.cost_class * p_class + self.cost_bbox * l1 - self.cost_giou * giou
-        matches = []    # the one transfer to the CPU of a step; labels are the table's last row
-        for i, table in enumerate(torch.cat((cost, labels.to(cost)), dim=1).cpu()):
-            b = i % len(targets)
-            table = table[:, :len(targets[b]["labels"])]            # (N + 1, M), without padding
-            wrong = [label for label in table[-1].int().tolist() if not 0 <= label < K]
-            if wrong:
-                raise ValueError(f"image {b} of the batch: label {wrong[0]} is not in 0 to {K - 1}")
-            matches.append(tuple(map(torch.from_numpy, linear_sum_assignment(table[:-1]))))
+        matches = []
+        for table, target in zip(cost.cpu(), targets):              # (N, M)
+            queries, objects = linear_sum_assignment(table[:, :len(target["labels"])])
+            matches.append((torch.as_tensor(queries), torch.as_tensor(objects)))
         return matches
 
 # ---- 7. Loss (3.1, Eq. 2; A.2) -------------------------------------------------------------------
 class SetCriterion(nn.Module):
     """The Hungarian loss (paper: 3.1, Eq. 2; A.2). `eos_coef` is the class weight of "no
     object", which most queries have to predict."""
-    weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
+    loss_weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
+
     def __init__(self, num_classes, matcher, eos_coef=0.1):
         super().__init__()
-        self.num_classes, self.matcher = num_classes, matcher
+        self.num_classes = num_classes
+        self.matcher = matcher
         self.register_buffer("class_weight", torch.tensor([1.0] * num_classes + [eos_coef]))
+
     def forward(self, outputs, targets):
         """The losses of all decoder layers, unweighted: those of `layer_losses` for the last one,
-        `loss_ce_0` and so on for the earlier ones. Arguments as for `HungarianMatcher`."""
-        layers, B = [*outputs.get("aux_outputs", ()), outputs], len(targets)
-        every = {name: torch.cat([layer[name] for layer in layers])
-                 for name in ("pred_logits", "pred_boxes")}         # (L * B, N, ...)
-        matches = self.matcher(every, targets)
-        num_boxes = every["pred_boxes"].new_tensor(sum(len(t["labels"]) for t in targets))
+        `loss_ce_0` and so on for the earlier ones. ValueError for a label out of range."""
+        for b, target in enumerate(targets):
+            for label in target["labels"].tolist():
+                if not 0 <= label < self.num_classes:
+                    raise ValueError(f"image {b} of the batch: label {label} is not in 0 to "
+                                     f"{self.num_classes - 1}")
+        num_boxes = outputs["pred_boxes"].new_tensor(sum(len(t["labels"]) for t in targets))
         if self.training and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(num_boxes)
+            dist.all_reduce(num_boxes)                              # the mean over the processes
             num_boxes /= dist.get_world_size()
-        num_boxes.clamp_(min=1)
-        losses = self.layer_losses(outputs, targets, matches[-B:], num_boxes)
-        for i, layer in enumerate(layers[:-1]):
-            earlier = self.layer_losses(layer, targets, matches[i * B:(i + 1) * B], num_boxes)
-            losses |= {f"{k}_{i}": value for k, value in earlier.items() if k != "class_error"}
+        num_boxes = num_boxes.clamp(min=1)
+        losses = self.layer_losses(outputs, targets, num_boxes)
+        for i, layer in enumerate(outputs.get("aux_outputs", [])):
+            for name, value in self.layer_losses(layer, targets, num_boxes).items():
+                losses[f"{name}_{i}"] = value
         return losses
-    def layer_losses(self, outputs, targets, matches, num_boxes):
-        """`loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (objects), and `class_error`
-        (percent of matches) of a layer with B `matches`; `num_boxes`: the mean over processes."""
-        logits, counts = outputs["pred_logits"], [len(target["labels"]) for target in targets]
-        labels = torch.cat([target["labels"] for target in targets])            # (M,) of the batch
-        objects = torch.cat([target["boxes"] for target in targets])            # (M, 4)
-        pairs = [torch.stack((torch.full_like(query, b), query, which + sum(counts[:b])))
-                 for b, (query, which) in enumerate(matches)]       # of each image, (3, its pairs)
-        image, query, which = torch.cat(pairs, dim=1).to(logits.device)         # (P,) each
-        boxes = outputs["pred_boxes"][image, query]                 # (P, 4)
-        labels, objects = labels[which], objects[which].to(boxes)   # (P,), (P, 4)
+
+    def layer_losses(self, outputs, targets, num_boxes):
+        """One layer's `loss_ce`, `loss_bbox`, `loss_giou`, `class_error` (percent of the matched)
+        and `cardinality_error` (objects); `num_boxes` is the mean number over processes."""
+        logits = outputs["pred_logits"]                             # (B, N, K + 1)
+
+        # The P matched pairs: an image, a query of it, and an object's index in it, (P,) each.
+        pairs = [(torch.full_like(queries, b), queries, objects)
+                 for b, (queries, objects) in enumerate(self.matcher(outputs, targets))]
+        image, query, index = (torch.cat(part).to(logits.device) for part in zip(*pairs))
+        labels, boxes = pad_targets(targets)
+        labels = labels[image, index]                               # (P,)
+        boxes = boxes[image, index].to(logits)                      # (P, 4)
+
+        # Eq. 2, first term: over all queries  - log p(class)
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
         classes[image, query] = labels                              # (B, N), elsewhere "no object"
-
-        # Eq. 2: over all queries  - log p(class),  and over the matched ones  + L_box (A.2)
         weight = self.class_weight.to(logits)
-        loss_ce = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight)
-        corners, true_corners = box_cxcywh_to_xyxy(torch.stack((boxes, objects)))[:, :, None]
-        giou = generalized_box_iou(corners, true_corners)           # (P, 1, 1)
+        losses = {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, weight)}
+
+        # Eq. 2, second term: over the matched ones  L_box, which is L1 and GIoU (A.2)
+        predicted_boxes = outputs["pred_boxes"][image, query]       # (P, 4)
+        losses["loss_bbox"] = (predicted_boxes - boxes).abs().sum() / num_boxes
+        corners = box_cxcywh_to_xyxy(torch.stack((predicted_boxes, boxes)))     # (2, P, 4)
+        giou = generalized_box_iou(*corners[:, :, None])            # (P, 1, 1): each pair alone
+        losses["loss_giou"] = (1 - giou).sum() / num_boxes
+
+        # Two errors to watch, without a gradient.
         predicted = logits.argmax(-1)                               # (B, N)
-        found = (predicted != self.num_classes).sum(1)              # (B,)
-        wrong = (predicted[image, query] != labels).float()         # (P,)
-        return {
-            "loss_ce": loss_ce,
-            "loss_bbox": (boxes - objects).abs().sum() / num_boxes,
-            "loss_giou": (1 - giou).sum() / num_boxes,
-            "cardinality_error": (found - found.new_tensor(counts)).abs().float().mean(),
-            "class_error": 100 * wrong.mean() if len(wrong) else torch.full_like(loss_ce, 100),
-        }
+        right = (predicted[image, query] == labels).to(logits)      # (P,)
+        losses["class_error"] = 100 - 100 * right.sum() / max(1, len(right))
+        counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
+        too_many = (predicted != self.num_classes).sum(1) - counts  # (B,)
+        losses["cardinality_error"] = too_many.abs().to(logits).mean()
+        return losses
+
     def total(self, losses):
         """The training loss: the sum of the losses of all layers, weighted 1, 5 and 2."""
-        return sum(weight * value for name, value in losses.items()
-                   for loss, weight in self.weights.items() if name.startswith(loss))
+        return sum(weight * value for loss, weight in self.loss_weights.items()
+                   for name, value in losses.items() if name.startswith(loss))
 
 # ---- 8. Use --------------------------------------------------------------------------------------
+def post_process(outputs, sizes):
+    """Predictions in pixels of the images, sizes (B, 2) h, w: one dict an image with `scores` (N,),
+    `labels` (N,), the best class but "no object", `boxes` (N, 4) x0 y0 x1 y1."""
+    scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)       # (B, N) each
+    h, w = torch.as_tensor(sizes, device=scores.device).unbind(1)
+    boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"]) * torch.stack((w, h, w, h), dim=1)[:, None]
+    return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
+
+def fit(height, width, size, max_size):
+    """The (height, width) to resize an image to (paper: 4): the shorter side becomes `size`, or
+    less, so that the longer one is about `max_size`. If that is None, every image becomes a square
+    of `size`, or has the height and width that `size` is."""
+    if max_size is None:
+        return (size, size) if isinstance(size, int) else tuple(size)
+    short, long = sorted((height, width))
+    short_side = max(1, min(size, round(max_size * short / long)))
+    long_side = int(short_side * long / short)
+    return (short_side, long_side) if height < width else (long_side, short_side)
+
+def normalize(image):
+    """(..., 3, h, w) uint8, or floats in [0, 1], by the mean and std of ImageNet's pixels."""
+    image = image / 255 if image.dtype == torch.uint8 else image
+    mean = image.new_tensor([0.485, 0.456, 0.406])
+    std = image.new_tensor([0.229, 0.224, 0.225])
+    return (image - mean[:, None, None]) / std[:, None, None]
+
+def to_tensor(image):
+    """A PIL image, RGB, to a tensor (3, h, w) uint8. TypeError if it is anything else."""
+    if getattr(image, "mode", None) != "RGB":
+        raise TypeError(f"{image!r} is no RGB image: open it by infer.open_image(path)")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+@torch.no_grad()
+def detect(model, images, threshold=0.7):
+    """Find the objects (paper: Listing 1) of a list of PIL images or tensors (3, h, w), RGB, uint8
+    or float in [0, 1], of any sizes; or of one of them. Raises TypeError for anything else.
+    Returns one dict an image, the best first, of all that score above `threshold`: `scores` (n,),
+    `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, and `queries` (n,), their indices."""
+    images = images if isinstance(images, (list, tuple)) else [images]
+    images = [image if torch.is_tensor(image) else to_tensor(image) for image in images]
+    inputs = []
+    for image in images:
+        size = fit(*image.shape[1:], *model.sizes)
+        resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        inputs.append(normalize(resized.to(model.query_embed.weight.device)))
+    results = post_process(model(inputs), [image.shape[1:] for image in images])
+    for result in results:
+        scores, queries = result["scores"].sort(descending=True)
+        queries = queries[scores > threshold]
+        for name in ("scores", "labels", "boxes"):
+            result[name] = result[name][queries]
+        result["queries"] = queries
+        result["names"] = [model.classes[label] for label in result["labels"].tolist()]
+    return results
+
+def read_checkpoint(source):
+    """A file, or one of the zoo, which is fetched once, as {"model": state_dict, "config": dict,
+    ...}. Code in it is never run. OSError if it cannot be fetched, ValueError if not read."""
+    path = pathlib.Path(source)
+    if source == "demo":        # in a clone beside this file, else installed with it
+        path = next(pathlib.Path(__file__).parent.glob("*assets/demo.pth"), path)
+    elif source in ZOO:
+        path = pathlib.Path(torch.hub.get_dir(), "checkpoints", ZOO[source])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                torch.hub.download_url_to_file(ZOO_URL + path.name, path, path.stem.split("-")[-1])
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{error}: fetch {ZOO_URL + path.name} by hand, to {path}") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: give a file, demo, or {', '.join(ZOO)}")
+
+    # What other programs write: arguments with paths, other names, a prefix before every weight.
+    paths = [(pathlib.PurePosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")]
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *paths]):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+        state = file.get("model", file.get("state_dict", file.get("model_state_dict", file)))
+        config = file.get("config", file.get("args", file.get("hyper_parameters", {})))
+        config = config if isinstance(config, dict) else vars(config)
+        prefix = next((key for key in state if key.endswith("query_embed.weight")), "")
+        prefix = prefix.removesuffix("query_embed.weight")
+        state = {key.removeprefix(prefix): value for key, value in state.items()
+                 if not key.endswith("num_batches_tracked")}        # a frozen norm counts nothing
+    except Exception as error:
+        raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}): truncated, "
+                         "or with code, which is never run; download or save it again") from error
+    return {**file, "model": state, "config": {"dilation": "-dc5" in path.name, **config}}
+
+def load_detr(source, num_classes=None, device="cpu"):
+    """A DETR in eval mode, with `.classes`, the names by label; source as for `read_checkpoint`.
+    The architecture is read from the weights; heads, dilation, image size and class names from the
+    file, else they are 8, none, 800 and COCO's. num_classes: unless the weights have as many, the
+    class head is new. ValueError names a weight that is missing, left over or of a wrong shape."""
+    checkpoint = read_checkpoint(source)
+    state, config = checkpoint["model"], checkpoint["config"]
+    body = "backbone.0.body."
+
+    def depth(prefix):
+        return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+    try:
+        width = len(state["input_proj.bias"])
+        if num_classes is not None and len(state.get("class_embed.bias", ())) != num_classes + 1:
+            head = nn.Linear(width, num_classes + 1)
+            state |= {"class_embed.weight": head.weight, "class_embed.bias": head.bias}
+        block = Bottleneck if body + "layer1.0.conv3.weight" in state else BasicBlock
+        layers = [depth(f"{body}layer{i + 1}.") for i in range(depth(body + "layer"))]
+        model = DETR(
+            num_classes=len(state["class_embed.bias"]) - 1,
+            backbone=ResNet(block, layers, len(state[body + "bn1.bias"]), config["dilation"]),
+            hidden_dim=width,
+            nheads=config.get("nheads", 8),
+            enc_layers=depth("transformer.encoder.layers."),
+            dec_layers=depth("transformer.decoder.layers."),
+            dim_feedforward=len(state["transformer.decoder.layers.0.linear1.bias"]),
+            num_queries=len(state["query_embed.weight"]))
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{source} holds no DETR that can be loaded: {error}") from error
+    names = checkpoint.get("classes", COCO_CLASSES)
+    if len(names) == len(model.classes):
+        model.classes = list(names)
+    model.sizes = config.get("size", 800), config.get("max_size", 1333)
+    return model.to(device).eval()
+
 ZOO_URL = "https://dl.fbaipublicfiles.com/detr/"
 ZOO = {
     "detr_resnet50": "detr-r50-e632da11.pth",
@@ -432,119 +607,3 @@ COCO_CLASSES = (
     "couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,tv,laptop,mouse,remote,keyboard,"
     "cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,scissors,teddy bear,"
     "hair drier,toothbrush").split(",")
-
-def post_process(outputs, sizes):
-    """Predictions in pixels of the images, sizes (B, 2) h, w: one dict an image with `scores` (N,),
-    `labels` (N,), the best class but "no object", `boxes` (N, 4) x0 y0 x1 y1."""
-    scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)       # (B, N) each
-    h, w = torch.as_tensor(sizes, device=scores.device).unbind(1)
-    boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"]) * torch.stack((w, h, w, h), dim=1)[:, None]
-    return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
-
-def fit(height, width, size, max_size, multiple=1):
-    """The (height, width) to resize to (paper: 4): the shorter side becomes `size`, or less, so
-    that the longer one is about `max_size`; then both become multiples, as of the stride."""
-    short, long = sorted((height, width))
-    size = max(1, min(size, round(max_size * short / long)))
-    sides = (size if side == short else int(size * side / short) for side in (height, width))
-    return tuple(max(1, round(side / multiple)) * multiple for side in sides)
-
-def normalize(image):
-    """(..., 3, h, w) uint8, or floats in [0, 1], by the mean and std of ImageNet's pixels."""
-    image = image / 255 if image.dtype == torch.uint8 else image
-    mean, std = image.new_tensor([0.485, 0.456, 0.406]), image.new_tensor([0.229, 0.224, 0.225])
-    return (image - mean[:, None, None]) / std[:, None, None]
-
-def to_tensor(image):
-    """An opaque PIL image of 8 bits to an RGB tensor (3, h, w) uint8; else raises TypeError."""
-    if getattr(image, "mode", "F")[0] in "IF" or image.has_transparency_data:
-        raise TypeError(f"{image!r}: give opaque 8-bit images; see infer.open_image(path)")
-    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
-
-@torch.inference_mode()
-def detect(model, images, threshold=0.7):
-    """Find the objects (paper: Listing 1) of a list of PIL images or tensors (3, h, w), RGB, uint8
-    or float in [0, 1], of any sizes; or of one of them. Raises TypeError for anything else.
-    Returns one dict an image, the best first, of all that score above `threshold`: `scores` (n,),
-    `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, and `queries` (n,), their indices."""
-    images = images if isinstance(images, (list, tuple)) else [images]
-    images = [image if torch.is_tensor(image) else to_tensor(image) for image in images]
-    inputs, results = [], []
-    for image in images:
-        size = fit(*image.shape[1:], *model.sizes)
-        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        inputs.append(normalize(image.to(model.query_embed.weight.device)))
-    for found in post_process(model(inputs), [image.shape[1:] for image in images]):
-        best_first = found["scores"].argsort(descending=True)
-        queries = best_first[found["scores"][best_first] > threshold]
-        result = {name: value[queries] for name, value in found.items()} | {"queries": queries}
-        results.append(result | {"names": [model.classes[i] for i in result["labels"].tolist()]})
-    return results
-
-def read_checkpoint(source):
-    """A file, or one of the zoo, which is fetched once, as {"model": weights, "config": settings,
-    ...}. Code in it is never run. OSError if it cannot be fetched, ValueError if not read."""
-    path = pathlib.Path(source)
-    if source == "demo":        # in a clone beside this file, else installed with it
-        path = next(pathlib.Path(__file__).parent.glob("*assets/demo.pth"), path)
-    elif source in ZOO:
-        path = pathlib.Path(torch.hub.get_dir(), "checkpoints", ZOO[source])
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                torch.hub.download_url_to_file(ZOO_URL + path.name, path, path.stem.split("-")[-1])
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"could not fetch {ZOO_URL + path.name} ({error}): put that file at "
-                          f"{path} by hand; `python infer.py` alone needs no network") from error
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: give a file, demo, or {', '.join(ZOO)}")
-    try:        # other programs save their arguments, with paths
-        paths = [(pathlib.PurePosixPath, f"pathlib{m}.PosixPath") for m in ("", "._local")]
-        with torch.serialization.safe_globals([argparse.Namespace, *paths]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
-        weights = file.get("model", file.get("state_dict", file.get("model_state_dict", file)))
-        name = "query_embed.weight"         # every DETR has it, perhaps behind a prefix
-        prefix = next((key[:-len(name)] for key in weights if key.endswith(name)), "")
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-        config = file.get("config", file.get("args", file.get("hyper_parameters", {})))
-        config = config if isinstance(config, dict) else vars(config)
-    except Exception as error:
-        raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}): truncated, "
-                         "or with code, which is never run; download or save it again") from error
-    return {**file, "model": weights, "config": {"dilation": "-dc5" in path.name, **config}}
-
-def load_detr(source, num_classes=None, device="cpu"):
-    """A DETR in eval mode, with `.classes`, the names by label; source as for `read_checkpoint`.
-    The architecture is read from the weights; heads, dilation, image size and class names from the
-    file, else they are 8, none, 800 and COCO's. num_classes: unless the weights have as many, the
-    class head is new. ValueError names a weight that is missing, left over or of a wrong shape."""
-    checkpoint = read_checkpoint(source)
-    weights, config, body = checkpoint["model"], checkpoint["config"], "backbone.0.body."
-    def depth(prefix):
-        return len({key[len(prefix):].split(".")[0] for key in weights if key.startswith(prefix)})
-    try:
-        width = len(weights["input_proj.bias"])
-        if num_classes is not None and len(weights.get("class_embed.bias", ())) != num_classes + 1:
-            head = nn.Linear(width, num_classes + 1)
-            weights |= {"class_embed.weight": head.weight, "class_embed.bias": head.bias}
-        block = Bottleneck if body + "layer1.0.conv3.weight" in weights else BasicBlock
-        layers = [depth(f"{body}layer{i + 1}.") for i in range(depth(body + "layer"))]
-        model = DETR(
-            num_classes=len(weights["class_embed.bias"]) - 1,
-            backbone=ResNet(block, layers, len(weights[body + "bn1.bias"]), config["dilation"]),
-            hidden_dim=width,
-            nheads=config.get("nheads", 8),
-            enc_layers=depth("transformer.encoder.layers."),
-            dec_layers=depth("transformer.decoder.layers."),
-            dim_feedforward=len(weights["transformer.decoder.layers.0.linear1.bias"]),
-            num_queries=len(weights["query_embed.weight"]))
-        model.load_state_dict(weights)
-    except Exception as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
-        raise ValueError(f"{source} holds no DETR that can be loaded: {what}") from error
-    names = checkpoint.get("classes", COCO_CLASSES)
-    model.classes = list(names) if len(names) == len(model.classes) else model.classes
-    model.sizes = config.get("size", 800), config.get("max_size", 1333), config.get("multiple", 1)
-    model.canvas = tuple(config.get("canvas", (0, 0)))
-    return model.to(device).eval()
