@@ -579,7 +579,8 @@ def load_detr(source, num_classes=None, device="cpu"):
             enc_layers=depth("transformer.encoder.layers."),
             dec_layers=depth("transformer.decoder.layers."),
             dim_feedforward=len(state["transformer.decoder.layers.0.linear1.bias"]),
-            num_queries=len(state["query_embed.weight"]))
+            num_queries=len(state["query_embed.weight"]),
+            dropout=config.get("dropout", 0.1))
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{source} holds no DETR that can be loaded: {error}") from error
