@@ -7,6 +7,7 @@
     torchrun --nproc_per_node=4 train_voc.py               # four GPUs share each batch
 """
 import argparse
+import copy
 import json
 import os
 import re
@@ -108,9 +109,9 @@ def is_annotation(xml):
         return True
 
 def find_files(data):
-    """Annotations [Path], images {key: [Path]} and lists [Path] below a folder. Hidden files,
-    __MACOSX and other XML are passed over; links are followed, but not in circles."""
-    xmls, images, lists = [], defaultdict(list), []
+    """Annotations and images {key: [Path]} and lists [Path] below a folder. Hidden files, __MACOSX
+    and other XML are passed over; links are followed, but not in circles."""
+    xmls, images, lists = defaultdict(list), defaultdict(list), []
     for root, folders, files in os.walk(data, followlinks=True):
         here = os.path.realpath(root) + os.sep
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
@@ -119,10 +120,10 @@ def find_files(data):
             if path.suffix.lower() in SUFFIXES:
                 images[key(path)].append(path)
             elif path.suffix.lower() == ".xml" and is_annotation(path):
-                xmls.append(path)
+                xmls[key(path)].append(path)
             elif path.suffix == ".txt" and path.parts[-3:-1] == ("ImageSets", "Main"):
                 lists.append(path)
-    return sorted(xmls), images, sorted(lists)
+    return xmls, images, lists
 
 def alias(folder):
     """The name of the set that a folder stands for."""
@@ -139,35 +140,32 @@ def find_set(data, name, xmls, lists):
         raise ValueError(f"two lists of {name}: {listed[0]}, {listed[1]}: name one, such as "
                          f"{listed[0].parents[2].relative_to(data)}/{name}")
     if not listed:
-        found = [xml for xml in xmls if folder in xml.parents
+        found = [xml for same in xmls.values() for xml in same if folder in xml.parents
                  and alias(name) in map(alias, xml.relative_to(folder).parts[:-1])]
         if not found:
             raise ValueError(f"no list or folder {name} below {folder}: name --train and --val")
-        return found
+        return sorted(found)
     found = []
-    by_key = defaultdict(list)
-    for xml in xmls:
-        if listed[0].parents[2] in xml.parents:     # the folder that holds ImageSets
-            by_key[key(xml)].append(xml)
     for line in filter(None, map(str.strip, listed[0].read_text("utf-8-sig").splitlines())):
-        if len(by_key[key(line)]) != 1:
-            named = ", ".join(map(str, by_key[key(line)])) or "none"
-            raise ValueError(f"{listed[0]}: there must be one XML file for {line!r}, not {named}")
-        found += by_key[key(line)]
+        named = [xml for xml in xmls[key(line)] if listed[0].parents[2] in xml.parents]
+        if len(named) != 1:
+            raise ValueError(f"{listed[0]}: there must be one XML file for {line!r}, not "
+                             f"{', '.join(map(str, named)) or 'none'}")
+        found += named
     return found
 
 def find_sets(data, names, xmls, lists):
     """{set: annotations} for {set: names or None}, and whether the split is ours: if nothing is
     named and there are neither lists nor folders train and val, a fifth of all is val, by a hash of
     the names, so that images which are added later move hardly any."""
-    present = {alias(part) for xml in xmls for part in xml.relative_to(data).parts[:-1]}
-    present |= {path.stem for path in lists}
-    if present & {"train", "val"} or any(names.values()):
+    found = [xml for same in xmls.values() for xml in same]
+    present = {alias(part) for xml in found for part in xml.relative_to(data).parts[:-1]}
+    if any(names.values()) or {"train", "val"} & (present | {path.stem for path in lists}):
         return {part: [xml for name in named or [part] for xml in find_set(data, name, xmls, lists)]
                 for part, named in names.items()}, False
-    by_hash = sorted(xmls, key=lambda xml: zlib.crc32(key(xml).encode()))
-    fifth = -(-len(xmls) // 5) if "train" in names else len(xmls)
-    return {"val": by_hash[:fifth], "train": by_hash[fifth:]}, True
+    found.sort(key=lambda xml: zlib.crc32(key(xml).encode()))
+    fifth = -(-len(found) // 5) if "train" in names else len(found)
+    return {"val": found[:fifth], "train": found[fifth:]}, True
 
 def find_image(xml, images, data):
     """The image of an annotation: the one with its name; of several, those below a folder `images`
@@ -178,15 +176,15 @@ def find_image(xml, images, data):
     found = below or found
     if len(found) > 1:
         folders = xml.relative_to(data).parts[:-1]
-        differ = defaultdict(list)      # images by how many folders differ, as many as the XML has
+        alike = defaultdict(list)       # by how many folders differ
         for path in found:
             others = path.relative_to(data).parts[:-1]
             if len(others) == len(folders):
-                differ[sum(a != b for a, b in zip(folders, others))].append(path)
-        found = differ[0] or differ[1] or found
+                alike[sum(a != b for a, b in zip(folders, others))].append(path)
+        found = alike[0] or alike[1] or found
     if len(found) != 1:
         named = ", ".join(map(str, found)) or "none"
-        raise ValueError(f"{xml}: there must be one image of its name, not {named}")
+        raise ValueError(f"there must be one image {key(xml)}, not {named}")
     return found[0]
 
 # ---- Data: what is checked before the first step, and how an image is read ----------------------
@@ -194,7 +192,7 @@ def read_record(xml, images, data):
     """An annotation and its image, checked: `xml`, `path`, `upright` (turned by its EXIF), `size`
     (h, w), `names` (M,), `boxes` (M, 4) x0 y0 x1 y1 in pixels from 0, `difficult` (M,), and whether
     <size> is `wrong`. If they cannot be used, a string that says why."""
-    names, boxes, difficult = [], [], []
+    names, boxes, difficult, file = [], [], [], xml
     try:
         path = find_image(xml, images, data)
         root = ElementTree.parse(xml).getroot()
@@ -206,13 +204,14 @@ def read_record(xml, images, data):
         given = [float(root.findtext(f"size/{side}") or 0) for side in ("width", "height")]
         if boxes and max(map(max, boxes)) <= 1:
             raise ValueError("boxes are fractions, from 0 to 1: VOC's are in pixels")
+        file = path
         with Image.open(path) as image:
             w, h = image.size
             turned = image.getexif().get(0x0112, 1) >= 5
             image.draft("L", (1, 1))    # an eighth of a JPEG's pixels, quick to decode, is enough
             image.load()                # to find one that is cut off
     except Exception as error:          # Pillow's are of many types
-        return f"{xml}: {error}"
+        return f"{file}: {error}"
     upright = not turned or w == h or given != [w, h]
     if turned and upright:
         w, h = h, w
@@ -228,7 +227,7 @@ def read_sets(sets, images, data):
         records = dict(zip(xmls, progress("read", results, len(xmls))))
     wrong = [result for result in records.values() if isinstance(result, str)]
     if wrong:
-        raise ValueError(f"{len(wrong)} files cannot be used: {'; '.join(wrong[:5])}")
+        raise ValueError(f"{len(wrong)} files to mend or move away: {'; '.join(wrong[:5])}")
     xml_of = {}
     for xml, record in records.items():
         other = xml_of.setdefault(record["path"], xml)
@@ -512,7 +511,7 @@ def arguments(argv):
 
     def default(name):
         return f"(default: {FINE_TUNE[name]:g}, tiny {TINY[name]:g})"
-    add("--data", metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any folder of images "
+    add("--data", type=os.path.abspath, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any folder of images "
         "and XML files (default: data/VOCdevkit, fetched if it is missing: 2 GB)")
     add("--train", nargs="+", metavar="NAME", help="lists or folders to train on; A/NAME is one "
         "below the folder A (default: train; without --data VOC2012/train)")
@@ -571,11 +570,11 @@ def run(args):
             fetch_voc(name)
     if args.world > 1:
         dist.barrier()      # the other processes wait for the download
-    data = Path(os.path.abspath(args.data or "data/VOCdevkit"))
+    data = Path(args.data or "data/VOCdevkit")
     xmls, images, lists = find_files(data)
-    if not xmls:
-        raise ValueError(f"{data}: no XML files of annotations below this folder")
     sets, ours = find_sets(data, names, xmls, lists)
+    if not sets["val"]:
+        raise ValueError(f"val is empty: {data} has no XML files of annotations for it")
     records = read_sets(sets, images, data)
     classes = {name for part in records.values() for record in part for name in record["names"]}
     classes = resumed.get("classes", sorted(classes))
@@ -583,6 +582,7 @@ def run(args):
     # The model, with a head for these classes; to evaluate, with the head that it has.
     if args.model == "tiny" and not args.eval:
         model = tiny(len(classes))
+        model.classes = classes
     else:
         source = file if resumed else args.model
         headless = "class_embed.bias" not in read_checkpoint(source)["model"]
@@ -593,27 +593,27 @@ def run(args):
     model.aux_loss = True
     model.to(args.device, memory_format=torch.channels_last)
     criterion = SetCriterion(len(classes), HungarianMatcher()).to(args.device)
-    val = VOC(records["val"], classes, model.sizes)
-    if not args.eval:
-        train = VOC(records["train"], classes, model.sizes, augmentation(*model.sizes))
-        log(f"train: {train.summary}")
-    log(f"val: {val.summary}")
+    transforms = {"train": augmentation(*model.sizes), "val": None}
+    parts = {part: VOC(records[part], classes, model.sizes, transforms[part]) for part in names}
+    for part, dataset in parts.items():
+        log(f"{part}: {dataset.summary}")
     log("classes:", ", ".join(name for name in classes if name != "N/A"))
     if ours:
-        log(f"split: {data} has neither lists nor folders train and val; the fifth to evaluate on "
-            "is chosen by a hash of the names")
+        share = "all" if args.eval else "a fifth of all, by a hash of the names"
+        log(f"split: {data} has neither lists nor folders train and val, so val is {share}")
     both = set(sets.get("train", [])) & set(sets["val"])
     if both:
         log(f"note: {len(both)} images are in train and in val, such as {min(both)}")
     if new:
         log(f"class head: new and untrained are {', '.join(new)}")
     queries = model.query_embed.num_embeddings
-    most = max(len(record["names"]) for part in records.values() for record in part)
+    most = max(len(record["labels"]) for part in parts.values() for record in part.records)
     if most > queries:
         log(f"note: up to {most} objects in an image; {queries} queries find at most {queries}")
-    batch_size = min(args.batch_size, len(records["val" if args.eval else "train"]))
+    batch_size = min(args.batch_size, len(parts.get("train", parts["val"])))
     options = dict(batch_size=max(1, batch_size // args.world), num_workers=args.workers,
                    collate_fn=collate, pin_memory=cuda)
+    val = parts["val"]
     val_sampler = DistributedSampler(val, args.world, args.rank, shuffle=False)
     val_loader = DataLoader(val, sampler=val_sampler, **options)
     if args.eval:
@@ -624,6 +624,7 @@ def run(args):
         return
 
     # What is trained, and its state, which --resume reads.
+    train = parts["train"]
     sampler = DistributedSampler(train, args.world, args.rank, seed=args.seed, drop_last=True)
     loader = DataLoader(train, sampler=sampler, drop_last=True, **options)
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
@@ -649,8 +650,6 @@ def run(args):
     saved = {name: getattr(args, name) for name in SAVED}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "log.txt").touch()       # what cannot be written is noticed now
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(f"{trained / 1e6:.1f} M parameters to train, {batch_size} images a step")
     began = time.monotonic()
 
     for epoch in range(first, args.epochs):
@@ -662,17 +661,13 @@ def run(args):
             parallel, criterion, optimizer, schedule, scaler, loader, title, args)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"weights are not finite after {title}: --resume with a lower --lr")
-        speed = len(loader) * batch_size / (time.monotonic() - start)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-        entry = {"epoch": epoch, "lr": schedule.get_last_lr()[0], "images_per_s": speed,
-                 "peak_memory_gib": memory}
-        entry |= {f"train_{name}": value for name, value in losses.items()}
-        line = f"{title}  loss {losses['loss']:.3f}  {speed:.1f} images/s"
+        seconds = max(time.monotonic() - start, 1e-3)
+        entry = {"epoch": epoch, "lr": schedule.get_last_lr()[0],
+                 "images_per_s": len(loader) * batch_size / seconds}
         if cuda:
-            line += f"  {memory:.1f} GiB"
-        about["epoch"] = epoch
-        best = max((one["test_coco_eval_bbox"][0] for one in history if "test_loss" in one),
-                   default=-2)
+            entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        entry |= {f"train_{name}": value for name, value in losses.items()}
+        line = f"{title}  loss {losses['loss']:.3f}  {entry['images_per_s']:.1f} images/s"
         evaluated = (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == args.epochs
         if evaluated:
             losses, ap = evaluate(model, criterion, val_loader, val.records, args)
@@ -682,16 +677,16 @@ def run(args):
             line += f"  val loss {losses['loss']:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}"
         history.append(entry)
         if args.rank == 0:
+            about["epoch"] = epoch
+            aps = [one["test_coco_eval_bbox"][0] for one in history if "test_loss" in one]
+            if evaluated and ap["AP"] == max(aps):
+                half = copy.deepcopy(model).half().state_dict()         # for use: half the bytes
+                save(args.output / "best.pth", partial(torch.save, {"model": half, **about}))
             checkpoint = {**about, "history": history, "settings": saved}
             checkpoint |= {name: part.state_dict() for name, part in state.items()}
             save(file, partial(torch.save, checkpoint))
-            lines = "".join(f"{json.dumps(entry)}\n" for entry in history)
-            save(args.output / "log.txt", lambda file: file.write(lines.encode()))
-        if args.rank == 0 and evaluated:
-            if ap["AP"] > best:         # for use: half the bytes
-                half = {name: value.half() if value.is_floating_point() else value
-                        for name, value in model.state_dict().items()}
-                save(args.output / "best.pth", partial(torch.save, {"model": half, **about}))
+            lines = "".join(f"{json.dumps(one)}\n" for one in history)
+            save(args.output / "log.txt", lambda log_file: log_file.write(lines.encode()))
             try:
                 save(args.output / "curves.png", draw_curves(history).savefig)
             except OSError as error:
