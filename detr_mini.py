@@ -373,9 +373,8 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, outputs, targets):
-        """outputs: `pred_logits` (B, N, K + 1), `pred_boxes` (B, N, 4); targets: one dict an image,
-        `labels` (M,) integers, `boxes` (M, 4). Returns (query_indices, target_indices) for each
-        image, on the CPU."""
+        """outputs as of `DETR`; targets: one dict an image, `labels` (M,) integers, `boxes` (M, 4).
+        Returns (query_indices, target_indices) for each image, on the CPU."""
         p = outputs["pred_logits"].softmax(-1)                      # (B, N, K + 1)
         boxes = outputs["pred_boxes"]                               # (B, N, 4)
         labels, objects = pad_targets(targets)                      # (B, M), (B, M, 4)
@@ -393,8 +392,7 @@ class HungarianMatcher:
 
 # ---- 7. Loss (3.1, Eq. 2; A.2) -------------------------------------------------------------------
 class SetCriterion(nn.Module):
-    """The Hungarian loss (paper: 3.1, Eq. 2; A.2). `eos_coef` is the class weight of "no
-    object", which most queries have to predict."""
+    """The Hungarian loss (paper: 3.1, Eq. 2; A.2). `eos_coef` is the weight of "no object"."""
     loss_weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
 
     def __init__(self, num_classes, matcher, eos_coef=0.1):
@@ -472,9 +470,8 @@ def post_process(outputs, sizes):
     return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
 
 def fit(height, width, size, max_size):
-    """The (height, width) to resize an image to (paper: 4): the shorter side becomes `size`, or
-    less, so that the longer one is about `max_size`. If that is None, every image becomes a square
-    of `size`, or has the height and width that `size` is."""
+    """The (height, width) to resize to (paper: 4): the shorter side becomes `size`, or less, if the
+    longer one were over `max_size`. If that is None, it is `size`, a number or a pair."""
     if max_size is None:
         return (size, size) if isinstance(size, int) else tuple(size)
     short, long = sorted((height, width))
@@ -498,10 +495,10 @@ def to_tensor(image):
 
 @torch.no_grad()
 def detect(model, images, threshold=0.7):
-    """Find the objects (paper: Listing 1) of a list of PIL images or tensors (3, h, w), RGB, uint8
-    or float in [0, 1], of any sizes; or of one of them. Raises TypeError for anything else.
-    Returns one dict an image, the best first, of all that score above `threshold`: `scores` (n,),
-    `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, and `queries` (n,), their indices."""
+    """Find the objects (paper: Listing 1) in one or a list of RGB images, PIL or tensors (3, h, w),
+    uint8 or float in [0, 1]. Returns one dict an image, the best first, of all that score above
+    `threshold`: `scores` (n,), `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, and
+    `queries` (n,), their indices. TypeError for what is no image."""
     images = images if isinstance(images, (list, tuple)) else [images]
     images = [image if torch.is_tensor(image) else to_tensor(image) for image in images]
     inputs = []
@@ -554,14 +551,12 @@ def read_checkpoint(source):
     return {**file, "model": state, "config": {"dilation": "-dc5" in path.name, **config}}
 
 def load_detr(source, num_classes=None, device="cpu"):
-    """A DETR in eval mode, with `.classes`, the names by label; source as for `read_checkpoint`.
-    The architecture is read from the weights; heads, dilation, image size and class names from the
-    file, else they are 8, none, 800 and COCO's. num_classes: unless the weights have as many, the
-    class head is new. ValueError names a weight that is missing, left over or of a wrong shape."""
+    """A DETR in eval mode, with `.classes`, the names by label. The architecture is read from the
+    weights; the rest from the file, else it is 8 heads, no dilation, size 800, COCO's classes.
+    Unless the weights have `num_classes`, the class head is new. ValueError names what is wrong."""
     checkpoint = read_checkpoint(source)
     state, config = checkpoint["model"], checkpoint["config"]
     body = "backbone.0.body."
-
     def depth(prefix):
         return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
     try:

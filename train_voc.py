@@ -59,10 +59,6 @@ TINY = dict(                # 2.2 M parameters from scratch, on a CPU
 )
 OPTIONS = dict(model="detr_resnet50", accumulate=1, seed=0, count_difficult=False)
 SAVED = "data train val model epochs batch_size accumulate lr seed count_difficult".split()
-HINTS = {
-    "out of memory": "raise --accumulate, and --resume",
-    "numeric entries": "the loss is not finite: --resume with a lower --lr",
-}
 COCO_NAMES = {              # of VOC's classes, if they differ
     "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle",
     "pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}
@@ -105,7 +101,7 @@ def is_annotation(xml):
         with open(xml, "rb") as file:
             _, root = next(ElementTree.iterparse(file, events=["start"]))
         return root.tag.lower() == "annotation"
-    except (ElementTree.ParseError, StopIteration):
+    except Exception:
         return True
 
 def find_files(data):
@@ -156,11 +152,12 @@ def find_set(data, name, xmls, lists):
 
 def find_sets(data, names, xmls, lists):
     """{set: annotations} for {set: names or None}, and whether the split is ours: if nothing is
-    named and there are neither lists nor folders train and val, a fifth of all is val, by a hash of
-    the names, so that images which are added later move hardly any."""
+    named and there are no lists and folders train, val and test, a fifth of all is val, by a hash
+    of the names, so that images which are added later move hardly any."""
     found = [xml for same in xmls.values() for xml in same]
     present = {alias(part) for xml in found for part in xml.relative_to(data).parts[:-1]}
-    if any(names.values()) or {"train", "val"} & (present | {path.stem for path in lists}):
+    present |= {path.stem for path in lists}
+    if any(names.values()) or present & {"train", "val", "test"}:
         return {part: [xml for name in named or [part] for xml in find_set(data, name, xmls, lists)]
                 for part, named in names.items()}, False
     found.sort(key=lambda xml: zlib.crc32(key(xml).encode()))
@@ -188,6 +185,8 @@ def find_image(xml, images, data):
     return found[0]
 
 # ---- Data: what is checked before the first step, and how an image is read ----------------------
+OBJECT = "name", "bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax"
+
 def read_record(xml, images, data):
     """An annotation and its image, checked: `xml`, `path`, `upright` (turned by its EXIF), `size`
     (h, w), `names` (M,), `boxes` (M, 4) x0 y0 x1 y1 in pixels from 0, `difficult` (M,), and whether
@@ -197,9 +196,11 @@ def read_record(xml, images, data):
         path = find_image(xml, images, data)
         root = ElementTree.parse(xml).getroot()
         for node in root.iter("object"):
-            names.append(node.findtext("name").strip())
-            boxes.append([float(node.findtext(f"bndbox/{side}"))
-                          for side in ("xmin", "ymin", "xmax", "ymax")])
+            name, *box = (node.findtext(tag) for tag in OBJECT)
+            if None in (name, *box):
+                raise ValueError(f"an object lacks one of {', '.join(OBJECT)}")
+            names.append(name.strip())
+            boxes.append([float(side) for side in box])
             difficult.append(node.findtext("difficult", "").strip() == "1")
         given = [float(root.findtext(f"size/{side}") or 0) for side in ("width", "height")]
         if boxes and max(map(max, boxes)) <= 1:
@@ -485,22 +486,18 @@ def match_boxes(prediction, target, low, high):
 
 # ---- Curves --------------------------------------------------------------------------------------
 def draw_curves(history):
-    """The log as a figure of eight panels: training solid, validation dashed."""
+    """The log as a figure of eight panels."""
     names = ("loss", "coco_eval_bbox", "loss_ce", "loss_bbox", "loss_giou", "class_error",
              "cardinality_error", "lr")
     figure = Figure((16, 7), layout="constrained")
+    figure.suptitle("training solid, validation dashed; coco_eval_bbox: AP, AP50, AP75")
     for axes, name in zip(figure.subplots(2, 4).flat, names):
-        for prefix, line, label in (("train_", "-", "training"), ("test_", "--", "validation"),
-                                    ("", "-", "learning rate")):
-            entries = [entry for entry in history if prefix + name in entry]
-            values = [entry[prefix + name] for entry in entries]
-            if name == "coco_eval_bbox":
-                values, label = [six[:3] for six in values], ("AP", "AP50", "AP75")
-            if entries:
-                axes.plot([entry["epoch"] + 1 for entry in entries], values, line, label=label)
+        for key, line in ((f"train_{name}", "-"), (f"test_{name}", "--"), (name, "-")):
+            entries = [entry for entry in history if key in entry]
+            values = [np.ravel(entry[key])[:3] for entry in entries]
+            axes.plot([entry["epoch"] + 1 for entry in entries], values, line)
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
     return figure
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -511,22 +508,20 @@ def arguments(argv):
 
     def default(name):
         return f"(default: {FINE_TUNE[name]:g}, tiny {TINY[name]:g})"
-    add("--data", type=os.path.abspath, metavar="DIR", help="a VOCdevkit, a folder like VOC2012, or any folder of images "
-        "and XML files (default: data/VOCdevkit, fetched if it is missing: 2 GB)")
+    add("--data", type=os.path.abspath, metavar="DIR", help="a VOCdevkit, or any folder of images "
+        "and XML files in VOC's format (default: data/VOCdevkit, fetched if missing: 2 GB)")
     add("--train", nargs="+", metavar="NAME", help="lists or folders to train on; A/NAME is one "
         "below the folder A (default: train; without --data VOC2012/train)")
     add("--val", nargs="+", metavar="NAME", help="to evaluate on (default: val, VOC2012/val)")
     add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo, a checkpoint "
         "file, or tiny, a small detector from scratch (default: detr_resnet50)")
     add("--epochs", type=int, metavar="N", help=default("epochs"))
-    add("--count-difficult", action="store_true", default=None,
-        help="evaluate difficult objects like any other")
+    add("--count-difficult", action="store_true", default=None, help="evaluate difficult ones too")
     add("--batch-size", type=int, metavar="N", help=f"images a step {default('batch_size')}")
     add("--accumulate", type=int, metavar="N", help="compute each step in N parts (default: 1)")
     add("--lr", type=float, metavar="F", help=f"learning rate {default('lr')}; the backbone's is "
         f"{FINE_TUNE['lr_backbone']:g} times that, tiny's {TINY['lr_backbone']:g} times")
-    add("--output", type=Path, default="outputs", metavar="DIR",
-        help="folder for checkpoints, log and curves (default: %(default)s)")
+    add("--output", type=Path, default="outputs", metavar="DIR", help="default: %(default)s")
     add("--resume", action="store_true", help="continue the run in --output, with its options")
     add("--eval", action="store_true", help="evaluate the model on --val and stop")
     add("--seed", type=int, metavar="N", help="of order, augmentation, new weights (default: 0)")
@@ -600,7 +595,7 @@ def run(args):
     log("classes:", ", ".join(name for name in classes if name != "N/A"))
     if ours:
         share = "all" if args.eval else "a fifth of all, by a hash of the names"
-        log(f"split: {data} has neither lists nor folders train and val, so val is {share}")
+        log(f"split: {data} has no list or folder train, val or test, so val is {share}")
     both = set(sets.get("train", [])) & set(sets["val"])
     if both:
         log(f"note: {len(both)} images are in train and in val, such as {min(both)}")
@@ -703,9 +698,10 @@ def main(argv=None):
     except (OSError, ValueError, RuntimeError) as error:
         message = re.split(r"\n[\w.]+Error: ", str(error))[-1]      # a worker sends a traceback
         message = " ".join(message.split())
-        for sign, hint in HINTS.items():
-            if sign in message:
-                message += f": {hint}"
+        if "out of memory" in message:
+            message += ": raise --accumulate, and --resume"
+        if "numeric entries" in message:
+            message += ": the loss is not finite, --resume with a lower --lr"
         print(f"train_voc.py: error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
         print("train_voc.py: stopped; --resume goes on from the last full epoch", file=sys.stderr)
