@@ -59,6 +59,7 @@ TINY = dict(                # 2.2 M parameters from scratch, on a CPU
 )
 OPTIONS = dict(model="detr_resnet50", accumulate=1, seed=0, count_difficult=False)
 SAVED = "data train val model epochs batch_size accumulate lr seed count_difficult".split()
+SYNONYMS = {"train": ["train", "training"], "val": ["val", "valid", "validation"]}     # folders
 COCO_NAMES = {              # of VOC's classes, if they differ
     "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle",
     "pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}
@@ -121,10 +122,9 @@ def find_files(data):
                 lists.append(path)
     return xmls, images, lists
 
-def alias(folder):
-    """The name of the set that a folder stands for."""
-    names = {"training": "train", "valid": "val", "validation": "val"}
-    return names.get(folder.lower(), folder.lower())
+def folders_of(path, data):
+    """The names of the folders from `data` to a file, in lower case."""
+    return [part.lower() for part in path.relative_to(data).parts[:-1]]
 
 def find_set(data, name, xmls, lists):
     """The annotations of a set: those that ImageSets/Main/NAME.txt lists, else those below folders
@@ -136,8 +136,9 @@ def find_set(data, name, xmls, lists):
         raise ValueError(f"two lists of {name}: {listed[0]}, {listed[1]}: name one, such as "
                          f"{listed[0].parents[2].relative_to(data)}/{name}")
     if not listed:
+        meant = SYNONYMS.get(name.lower(), [name.lower()])
         found = [xml for same in xmls.values() for xml in same if folder in xml.parents
-                 and alias(name) in map(alias, xml.relative_to(folder).parts[:-1])]
+                 and set(meant) & set(folders_of(xml, folder))]
         if not found:
             raise ValueError(f"no list or folder {name} below {folder}: name --train and --val")
         return sorted(found)
@@ -155,9 +156,8 @@ def find_sets(data, names, xmls, lists):
     named and there are no lists and folders train, val and test, a fifth of all is val, by a hash
     of the names, so that images which are added later move hardly any."""
     found = [xml for same in xmls.values() for xml in same]
-    present = {alias(part) for xml in found for part in xml.relative_to(data).parts[:-1]}
-    present |= {path.stem for path in lists}
-    if any(names.values()) or present & {"train", "val", "test"}:
+    present = {path.stem for path in lists}.union(*(folders_of(xml, data) for xml in found))
+    if any(names.values()) or present & {"test", *SYNONYMS["train"], *SYNONYMS["val"]}:
         return {part: [xml for name in named or [part] for xml in find_set(data, name, xmls, lists)]
                 for part, named in names.items()}, False
     found.sort(key=lambda xml: zlib.crc32(key(xml).encode()))
@@ -168,14 +168,13 @@ def find_image(xml, images, data):
     """The image of an annotation: the one with its name; of several, those below a folder `images`
     or `JPEGImages`; of several, the one in the folders most alike. ValueError unless it is one."""
     found = images[key(xml)]
-    below = [path for path in found if {"images", "jpegimages"}
-             & {part.lower() for part in path.relative_to(data).parts[:-1]}]
+    below = [path for path in found if {"images", "jpegimages"} & set(folders_of(path, data))]
     found = below or found
     if len(found) > 1:
-        folders = xml.relative_to(data).parts[:-1]
+        folders = folders_of(xml, data)
         alike = defaultdict(list)       # by how many folders differ
         for path in found:
-            others = path.relative_to(data).parts[:-1]
+            others = folders_of(path, data)
             if len(others) == len(folders):
                 alike[sum(a != b for a, b in zip(folders, others))].append(path)
         found = alike[0] or alike[1] or found
@@ -196,11 +195,11 @@ def read_record(xml, images, data):
         path = find_image(xml, images, data)
         root = ElementTree.parse(xml).getroot()
         for node in root.iter("object"):
-            name, *box = (node.findtext(tag) for tag in OBJECT)
-            if None in (name, *box):
+            fields = [node.findtext(tag) for tag in OBJECT]
+            if None in fields:
                 raise ValueError(f"an object lacks one of {', '.join(OBJECT)}")
-            names.append(name.strip())
-            boxes.append([float(side) for side in box])
+            names.append(fields[0].strip())
+            boxes.append([float(side) for side in fields[1:]])
             difficult.append(node.findtext("difficult", "").strip() == "1")
         given = [float(root.findtext(f"size/{side}") or 0) for side in ("width", "height")]
         if boxes and max(map(max, boxes)) <= 1:
