@@ -437,7 +437,7 @@ class SetCriterion(nn.Module):
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
         classes[image, query] = labels                              # (B, N), elsewhere "no object"
         weight = self.class_weight.to(logits)
-        losses = {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, weight)}
+        losses = {"loss_ce": F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight)}
 
         # Eq. 2, second term: over the matched ones  L_box, which is L1 and GIoU (A.2)
         predicted_boxes = outputs["pred_boxes"][image, query]       # (P, 4)
