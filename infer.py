@@ -177,7 +177,7 @@ def main(argv=None):
     add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
     args = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")       # for names that it cannot print
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")     # for any file's name
     try:
         return 2 if run(args) else 0
     except (OSError, ValueError, RuntimeError) as error:
