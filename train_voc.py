@@ -59,7 +59,7 @@ TINY = dict(                # 2.2 M parameters from scratch, on a CPU
 )
 OPTIONS = dict(model="detr_resnet50", accumulate=1, seed=0, count_difficult=False)
 SAVED = "data train val model epochs batch_size accumulate lr seed count_difficult".split()
-SYNONYMS = {"train": ["train", "training"], "val": ["val", "valid", "validation"]}     # folders
+SYNONYMS = {"training": "train", "valid": "val", "validation": "val"}   # as folders' names
 COCO_NAMES = {              # of VOC's classes, if they differ
     "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle",
     "pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}
@@ -123,8 +123,9 @@ def find_files(data):
     return xmls, images, lists
 
 def folders_of(path, data):
-    """The names of the folders from `data` to a file, in lower case."""
-    return [part.lower() for part in path.relative_to(data).parts[:-1]]
+    """The names of the folders from `data` to a file, in lower case, and val for valid."""
+    parts = [part.lower() for part in path.relative_to(data).parts[:-1]]
+    return [SYNONYMS.get(part, part) for part in parts]
 
 def find_set(data, name, xmls, lists):
     """The annotations of a set: those that ImageSets/Main/NAME.txt lists, else those below folders
@@ -136,11 +137,13 @@ def find_set(data, name, xmls, lists):
         raise ValueError(f"two lists of {name}: {listed[0]}, {listed[1]}: name one, such as "
                          f"{listed[0].parents[2].relative_to(data)}/{name}")
     if not listed:
-        meant = SYNONYMS.get(name.lower(), [name.lower()])
+        plain = SYNONYMS.get(name.lower(), name.lower())
         found = [xml for same in xmls.values() for xml in same if folder in xml.parents
-                 and set(meant) & set(folders_of(xml, folder))]
+                 and plain in folders_of(xml, folder)]
         if not found:
-            raise ValueError(f"no list or folder {name} below {folder}: name --train and --val")
+            known = ", ".join(sorted({path.stem for path in lists})) or "none"
+            raise ValueError(f"no list or folder {name} below {folder}: name --train and --val; "
+                             f"there are these lists: {known}")
         return sorted(found)
     found = []
     for line in filter(None, map(str.strip, listed[0].read_text("utf-8-sig").splitlines())):
@@ -157,7 +160,7 @@ def find_sets(data, names, xmls, lists):
     of the names, so that images which are added later move hardly any."""
     found = [xml for same in xmls.values() for xml in same]
     present = {path.stem for path in lists}.union(*(folders_of(xml, data) for xml in found))
-    if any(names.values()) or present & {"test", *SYNONYMS["train"], *SYNONYMS["val"]}:
+    if any(names.values()) or present & {"train", "val", "test"}:
         return {part: [xml for name in named or [part] for xml in find_set(data, name, xmls, lists)]
                 for part, named in names.items()}, False
     found.sort(key=lambda xml: zlib.crc32(key(xml).encode()))
