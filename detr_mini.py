@@ -57,8 +57,7 @@ def generalized_box_iou(boxes1, boxes2):
 
 # ---- 2. Backbone (3.2) ---------------------------------------------------------------------------
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm with constant statistics: batches of a few images are too small to estimate them
-    (paper: A.4). `conv_norm` applies it."""
+    """Batch norm with constant statistics (paper: A.4), for small batches; see `conv_norm`."""
 
     def __init__(self, channels):
         super().__init__()
@@ -303,13 +302,12 @@ class MLP(nn.Module):
 def pad_images(images):
     """Images (3, h, w) of any sizes to one batch (B, 3, H, W), zeros right and below; and its mask
     (B, H, W) bool, True on padding, or None if all are of one size."""
-    height = max(image.shape[1] for image in images)
-    width = max(image.shape[2] for image in images)
-    batch = images[0].new_zeros(len(images), 3, height, width)
+    heights, widths = zip(*(image.shape[1:] for image in images))
+    batch = images[0].new_zeros(len(images), 3, max(heights), max(widths))
     mask = torch.ones_like(batch[:, 0], dtype=torch.bool)
-    for i, image in enumerate(images):
-        batch[i, :, :image.shape[1], :image.shape[2]] = image
-        mask[i, :image.shape[1], :image.shape[2]] = False
+    for i, (h, w) in enumerate(zip(heights, widths)):
+        batch[i, :, :h, :w] = images[i]
+        mask[i, :h, :w] = False
     return batch, mask if len({image.shape for image in images}) > 1 else None
 
 class DETR(nn.Module):
@@ -496,9 +494,9 @@ def to_tensor(image):
 @torch.no_grad()
 def detect(model, images, threshold=0.7):
     """Find the objects (paper: Listing 1) in one or a list of RGB images, PIL or tensors (3, h, w),
-    uint8 or float in [0, 1]. Returns one dict an image, the best first, of all that score above
-    `threshold`: `scores` (n,), `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, and
-    `queries` (n,), their indices. TypeError for what is no image."""
+    uint8 or float in [0, 1]. Returns one dict an image, the best first, with `scores` (n,) above
+    `threshold`, `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, `queries` (n,) indices.
+    TypeError for what is no image."""
     images = images if isinstance(images, (list, tuple)) else [images]
     images = [image if torch.is_tensor(image) else to_tensor(image) for image in images]
     inputs = []

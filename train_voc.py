@@ -7,7 +7,6 @@
     torchrun --nproc_per_node=4 train_voc.py               # four GPUs share each batch
 """
 import argparse
-import copy
 import json
 import os
 import re
@@ -49,9 +48,8 @@ FINE_TUNE = dict(           # a trained DETR on other images, with the paper's v
     eos_coef=0.1,           # weight of "no object" in the loss; 0.1 in the early part
     evaluate_every=1,       # epochs
 )
-TINY = dict(                # 2.2 M parameters from scratch, on a CPU
+TINY = FINE_TUNE | dict(    # 2.2 M parameters from scratch, on a CPU
     epochs=600,
-    batch_size=16,
     lr=6e-4,
     lr_backbone=1,
     rate=lambda done: min(60 * done, 1, 1.5 - 1.5 * done),      # warm-up; from a third on to 0
@@ -59,8 +57,10 @@ TINY = dict(                # 2.2 M parameters from scratch, on a CPU
     eos_coef=0.4,
     evaluate_every=20,
 )
-OPTIONS = dict(model="detr_resnet50", accumulate=1, seed=0, count_difficult=False)
-SAVED = "data train val model epochs batch_size accumulate lr seed count_difficult".split()
+OPTIONS = dict(data=None, train=None, val=None, model="detr_resnet50", accumulate=1, seed=0,
+               count_difficult=False)
+RANK = int(os.environ.get("RANK", 0))           # this process among those of torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 SYNONYMS = {"training": "train", "valid": "val", "validation": "val"}   # as folders' names
 COCO_NAMES = {              # of VOC's classes, if they differ
     "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle",
@@ -75,7 +75,7 @@ def progress(title, items, count):
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if os.environ.get("RANK", "0") == "0" and (terminal or now - shown > 60):
+        if RANK == 0 and (terminal or now - shown > 60):
             left = timedelta(seconds=round((now - start) / done * (count - done)))
             end = "\r" if terminal else "\n"
             print(f"{title}  {done}/{count}  ETA {left}  ", end=end, file=sys.stderr, flush=True)
@@ -94,23 +94,21 @@ def fetch_voc(name):
 def key(path):
     """What an image and its annotation share: the name without endings, 1 of 1.jpg.xml."""
     name = unicodedata.normalize("NFC", re.split(r"[/\\]", str(path))[-1])
-    name = re.sub(r"\.xml$", "", name, flags=re.IGNORECASE)
-    stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in SUFFIXES else name
+    stem, ending = os.path.splitext(re.sub(r"\.xml$", "", name, flags=re.IGNORECASE))
+    return stem if ending.lower() in SUFFIXES else stem + ending
 
 def is_annotation(xml):
     """Whether a file's root is `annotation`, or cannot be read, which `read_record` reports."""
     try:
-        with open(xml, "rb") as file:
-            _, root = next(ElementTree.iterparse(file, events=["start"]))
+        _, root = next(ElementTree.iterparse(xml, events=["start"]))
         return root.tag.lower() == "annotation"
     except Exception:
         return True
 
 def find_files(data):
-    """Annotations and images {key: [Path]} and lists [Path] below a folder. Hidden files, __MACOSX
-    and other XML are passed over; links are followed, but not in circles."""
-    xmls, images, lists = defaultdict(list), defaultdict(list), []
+    """Annotations and images {key: [Path]} and lists {name: [Path]} below a folder. Hidden files,
+    __MACOSX and other XML are passed over; links are followed, but not in circles."""
+    xmls, images, lists = defaultdict(list), defaultdict(list), defaultdict(list)
     for root, folders, files in os.walk(data, followlinks=True):
         here = os.path.realpath(root) + os.sep
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
@@ -121,7 +119,7 @@ def find_files(data):
             elif path.suffix.lower() == ".xml" and is_annotation(path):
                 xmls[key(path)].append(path)
             elif path.suffix == ".txt" and path.parts[-3:-1] == ("ImageSets", "Main"):
-                lists.append(path)
+                lists[path.stem].append(path)
     return xmls, images, lists
 
 def folders_of(path, data):
@@ -131,29 +129,29 @@ def folders_of(path, data):
 
 def find_set(data, name, xmls, lists):
     """The annotations of a set: those that ImageSets/Main/NAME.txt lists, else those below folders
-    NAME. A/NAME is looked for below the folder A. ValueError if it is not there, if there are two
-    lists, or not one annotation for a line."""
+    NAME. A/NAME is looked for below the folder A. ValueError if there are none, or two lists, or
+    not one annotation for a line."""
     folder, name = data / Path(name).parent, Path(name).name
-    listed = [path for path in lists if path.stem == name and folder in path.parents]
+    listed = [path for path in lists.get(name, []) if folder in path.parents]
     if len(listed) > 1:
         raise ValueError(f"two lists of {name}: {listed[0]}, {listed[1]}: name one, such as "
                          f"{listed[0].parents[2].relative_to(data)}/{name}")
-    if not listed:
+    if listed:
+        found = []
+        lines = listed[0].read_text("utf-8-sig").splitlines()
+        for line in filter(None, map(str.strip, lines)):
+            named = [xml for xml in xmls[key(line)] if listed[0].parents[2] in xml.parents]
+            if len(named) != 1:
+                raise ValueError(f"{listed[0]}: there must be one XML file for {line!r}, not "
+                                 f"{', '.join(map(str, named)) or 'none'}")
+            found += named
+    else:
         plain = SYNONYMS.get(name.lower(), name.lower())
-        found = [xml for same in xmls.values() for xml in same if folder in xml.parents
-                 and plain in folders_of(xml, folder)]
-        if not found:
-            known = ", ".join(sorted({path.stem for path in lists})) or "none"
-            raise ValueError(f"no list or folder {name} below {folder}: name --train and --val; "
-                             f"there are these lists: {known}")
-        return sorted(found)
-    found = []
-    for line in filter(None, map(str.strip, listed[0].read_text("utf-8-sig").splitlines())):
-        named = [xml for xml in xmls[key(line)] if listed[0].parents[2] in xml.parents]
-        if len(named) != 1:
-            raise ValueError(f"{listed[0]}: there must be one XML file for {line!r}, not "
-                             f"{', '.join(map(str, named)) or 'none'}")
-        found += named
+        found = sorted(xml for same in xmls.values() for xml in same
+                       if folder in xml.parents and plain in folders_of(xml, folder))
+    if not found:
+        raise ValueError(f"no list or folder {name} below {folder} has annotations: name --train "
+                         f"and --val; there are these lists: {', '.join(sorted(lists)) or 'none'}")
     return found
 
 def find_sets(data, names, xmls, lists):
@@ -161,8 +159,8 @@ def find_sets(data, names, xmls, lists):
     named and there are no lists and folders train, val and test, a fifth of all is val, by a hash
     of the names, so that images which are added later move hardly any."""
     found = [xml for same in xmls.values() for xml in same]
-    present = {path.stem for path in lists}.union(*(folders_of(xml, data) for xml in found))
-    if any(names.values()) or present & {"train", "val", "test"}:
+    present = set(lists).union(*(folders_of(xml, data) for xml in found))
+    if any(names.values()) or present & {"train", "val", "test"} or not found:
         return {part: [xml for name in named or [part] for xml in find_set(data, name, xmls, lists)]
                 for part, named in names.items()}, False
     found.sort(key=lambda xml: zlib.crc32(key(xml).encode()))
@@ -176,12 +174,11 @@ def find_image(xml, images, data):
     below = [path for path in found if {"images", "jpegimages"} & set(folders_of(path, data))]
     found = below or found
     if len(found) > 1:
-        folders = folders_of(xml, data)
         alike = defaultdict(list)       # by how many folders differ
         for path in found:
-            others = folders_of(path, data)
-            if len(others) == len(folders):
-                alike[sum(a != b for a, b in zip(folders, others))].append(path)
+            if len(path.parts) == len(xml.parts):
+                pairs = zip(folders_of(path, data), folders_of(xml, data))
+                alike[sum(a != b for a, b in pairs)].append(path)
         found = alike[0] or alike[1] or found
     if len(found) != 1:
         named = ", ".join(map(str, found)) or "none"
@@ -192,10 +189,11 @@ def find_image(xml, images, data):
 OBJECT = "name", "bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax"
 
 def read_record(xml, images, data):
-    """An annotation and its image, checked: `xml`, `path`, `upright` (turned by its EXIF), `size`
-    (h, w), `names` (M,), `boxes` (M, 4) x0 y0 x1 y1 in pixels from 0, `difficult` (M,), and whether
-    <size> is `wrong`. If they cannot be used, a string that says why."""
-    names, boxes, difficult, file = [], [], [], xml
+    """An annotation and its image, checked: `path`, `upright` (turned by its EXIF), `size` (h, w),
+    `names` (M,), `boxes` (M, 4) x0 y0 x1 y1 in pixels from 0, `difficult` (M,), and whether <size>
+    is `wrong`. If they cannot be used, a string that says why."""
+    names, boxes, difficult = [], [], []
+    file = xml
     try:
         path = find_image(xml, images, data)
         root = ElementTree.parse(xml).getroot()
@@ -220,7 +218,7 @@ def read_record(xml, images, data):
     upright = not turned or w == h or given != [w, h]
     if turned and upright:
         w, h = h, w
-    return {"xml": xml, "path": path, "upright": upright, "size": (h, w), "names": names,
+    return {"path": path, "upright": upright, "size": (h, w), "names": names,
             "boxes": np.reshape(boxes, (-1, 4)) - [1, 1, 0, 0],     # VOC counts from 1
             "difficult": np.array(difficult, dtype=bool), "wrong": all(given) and given != [w, h]}
 
@@ -233,16 +231,16 @@ def read_sets(sets, images, data):
     wrong = [result for result in records.values() if isinstance(result, str)]
     if wrong:
         raise ValueError(f"{len(wrong)} files to mend or move away: {'; '.join(wrong[:5])}")
-    xml_of = {}
+    xml_of = {record["path"]: xml for xml, record in records.items()}
     for xml, record in records.items():
-        other = xml_of.setdefault(record["path"], xml)
+        other = xml_of[record["path"]]
         if other != xml:
-            raise ValueError(f"{other} and {xml} have one image, {record['path']}: move one away")
+            raise ValueError(f"{xml} and {other} have one image, {record['path']}: move one away")
     return {part: [records[xml] for xml in dict.fromkeys(sets[part])] for part in sets}
 
 class VOC(Dataset):
     """Images (3, h, w) uint8, and targets: `boxes` (M, 4) cx, cy, w, h in [0, 1], `labels` (M,) and
-    `size` (2,), h and w of the file. `transform` is for training: difficult objects are left out
+    `size`, (h, w) of the file. `transform` is for training: difficult objects are left out
     then. Without it, images are resized to `sizes`, as by `detect`."""
 
     def __init__(self, records, classes, sizes, transform=None):
@@ -281,25 +279,21 @@ class VOC(Dataset):
         image = tv_tensors.Image(to_tensor(open_image(record["path"], record["upright"])))
         keep = ~record["difficult"] if self.transform else slice(None)
         boxes = torch.tensor(record["boxes"][keep], dtype=torch.float32)
-        target = {"labels": torch.tensor(record["labels"][keep]), "boxes": tv_tensors.BoundingBoxes(
-            boxes, format="XYXY", canvas_size=record["size"])}
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=record["size"])
+        labels = torch.tensor(record["labels"][keep])
         transform = self.transform or v2.Resize(fit(*record["size"], *self.sizes))
-        image, target = transform(image, target)
+        image, target = transform(image, {"boxes": boxes, "labels": labels})
         h, w = image.shape[1:]
-        boxes = target["boxes"].as_subclass(torch.Tensor) / torch.tensor([w, h, w, h])
-        target |= {"boxes": box_xyxy_to_cxcywh(boxes), "size": torch.tensor(record["size"])}
+        target["boxes"] = box_xyxy_to_cxcywh(target["boxes"] / torch.tensor([w, h, w, h]))
+        target["size"] = record["size"]
         return image.as_subclass(torch.Tensor), target
 
-def collate(samples):
-    """[(image, target)] to (images, targets): the model pads images of different sizes itself."""
-    return tuple(zip(*samples))
-
 # ---- Augmentation (paper: 4): change it by changing a list ---------------------------------------
-class RandomSizeCrop(v2.Transform):
+class RandomSizeCrop(v2.RandomCrop):
     """A random window of `low` to `high` pixels a side, or of the whole side if it is shorter."""
 
     def __init__(self, low, high):
-        super().__init__()
+        super().__init__(high)
         self.low = low
         self.high = high
 
@@ -307,12 +301,8 @@ class RandomSizeCrop(v2.Transform):
         h, w = v2.functional.get_size(flat_inputs[0])
         height = int(torch.randint(min(h, self.low), min(h, self.high) + 1, ()))
         width = int(torch.randint(min(w, self.low), min(w, self.high) + 1, ()))
-        top = int(torch.randint(h - height + 1, ()))
-        left = int(torch.randint(w - width + 1, ()))
-        return {"top": top, "left": left, "height": height, "width": width}
-
-    def transform(self, inpt, params):
-        return v2.functional.crop(inpt, **params)
+        self.size = height, width
+        return super().make_params(flat_inputs)
 
 def augmentation(size, max_size, early):
     """The transforms to train with: the paper's, which are for size 800, in proportion; or those
@@ -320,8 +310,7 @@ def augmentation(size, max_size, early):
     if max_size is None:
         height, width = fit(1, 1, size, None)
         ratio = width / height
-        window = v2.RandomResizedCrop(
-            (height, width), scale=(0.5, 1), ratio=(0.8 * ratio, 1.25 * ratio))
+        window = v2.RandomResizedCrop((height, width), (0.5, 1), (0.8 * ratio, 1.25 * ratio))
         return v2.Compose([
             v2.RandomHorizontalFlip(),
             v2.RandomVerticalFlip(),
@@ -352,7 +341,8 @@ def tiny(num_classes):
 def keep_known_classes(model, classes):
     """Give `model` a head for `classes`. The rows of those that it knows and of "no object" are
     kept, so it predicts them from the first step. Returns the names that start untrained."""
-    head, known = model.class_embed, {name: label for label, name in enumerate(model.classes)}
+    head = model.class_embed
+    known = {name: label for label, name in enumerate(model.classes)}
     rows = [known.get(name, known.get(COCO_NAMES.get(name))) for name in classes]
     model.class_embed = nn.Linear(head.in_features, len(classes) + 1).to(head.weight.device)
     for new, old in enumerate([*rows, len(model.classes)]):
@@ -363,12 +353,12 @@ def keep_known_classes(model, classes):
     return [name for name, old in zip(classes, rows) if old is None]
 
 # ---- Training and evaluation ---------------------------------------------------------------------
-def forward(model, criterion, images, targets, args):
-    """Outputs for images (3, h, w) uint8, normalised on the device, and their losses, with the
-    weighted sum of them as `loss`."""
-    images = [normalize(image.to(args.device, non_blocking=True)) for image in images]
+def forward(model, criterion, batch, args):
+    """Outputs for a batch [(image, target)], normalised on the device and padded by the model, and
+    their losses, with the weighted sum of them as `loss`."""
+    images = [normalize(image.to(args.device, non_blocking=True)) for image, _ in batch]
     targets = [{name: target[name].to(args.device, non_blocking=True)
-                for name in ("labels", "boxes")} for target in targets]
+                for name in ("labels", "boxes")} for _, target in batch]
     with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
         outputs = model(images)
     losses = criterion(outputs, targets)
@@ -385,15 +375,13 @@ def averages(steps):
 def train_one_epoch(model, criterion, optimizer, schedule, scaler, loader, title, args):
     """One pass over the training images; returns the averages of the losses."""
     model.train()
-    criterion.train()
     steps = []
-    for images, targets in progress(title, loader, len(loader)):
-        size = -(-len(images) // args.accumulate)       # images at a time
-        for i in range(0, len(images), size):
-            part = slice(i, i + size)
-            _, losses = forward(model, criterion, images[part], targets[part], args)
-            share = len(images[part]) / len(images)
-            scaler.scale(losses["loss"] * share).backward()
+    for batch in progress(title, loader, len(loader)):
+        size = -(-len(batch) // args.accumulate)        # images at a time
+        for i in range(0, len(batch), size):
+            part = batch[i:i + size]
+            _, losses = forward(model, criterion, part, args)
+            scaler.scale(losses["loss"] * len(part) / len(batch)).backward()
             steps.append({name: value.detach() for name, value in losses.items()})
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -404,20 +392,19 @@ def train_one_epoch(model, criterion, optimizer, schedule, scaler, loader, title
     return averages(steps)
 
 @torch.inference_mode()
-def evaluate(model, criterion, loader, records, args):
+def evaluate(model, criterion, loader, args):
     """Averages of the losses, and COCO's AP. `loader` has every n-th of n processes' records."""
     model.eval()
-    criterion.eval()
     steps, results = [], []
-    for images, targets in progress("evaluate", loader, len(loader)):
-        outputs, losses = forward(model, criterion, images, targets, args)
+    for batch in progress("evaluate", loader, len(loader)):
+        outputs, losses = forward(model, criterion, batch, args)
         steps.append(losses)
-        sizes = torch.stack([target["size"] for target in targets])
-        for result in post_process(outputs, sizes):
+        for result in post_process(outputs, [target["size"] for _, target in batch]):
             results.append({name: value.cpu() for name, value in result.items()})
-    parts = [results] * args.world
-    if args.world > 1:
+    parts = [results] * WORLD
+    if WORLD > 1:
         dist.all_gather_object(parts, results)
+    records = loader.dataset.records
     predictions = [result for same in zip(*parts) for result in same]   # the last may be repeated
     ignore = not args.count_difficult
     targets = [record | {"ignore": record["difficult"] & ignore} for record in records]
@@ -430,10 +417,9 @@ RECALLS = np.linspace(0, 1, 101)
 
 def coco_ap(predictions, targets, num_classes):
     """COCO's average precision, as `pycocotools` computes it: AP, AP50, AP75, APs, APm, APl as
-    fractions, -1 if no object counts, and AP50_per_class, a list. predictions: one dict an image,
-    `scores` (n,), `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels. targets: one dict an image,
-    `labels` (m,), `boxes` (m, 4), and `ignore` (m,) bool for objects that are neither to be found
-    nor wrong to find."""
+    fractions, -1 if no object counts, and AP50_per_class, a list. One dict an image: predictions'
+    `scores` (n,), `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels; targets' `labels` (m,), `boxes`
+    (m, 4), and `ignore` (m,) bool for what is neither to be found nor wrong to find."""
     def mean(values):
         return float(values[values > -1].mean()) if (values > -1).any() else -1.0
     precision = {area: -np.ones((num_classes, len(IOUS), len(RECALLS))) for area in AREAS}
@@ -445,13 +431,12 @@ def coco_ap(predictions, targets, num_classes):
         for label in positives.nonzero()[0]:
             order = np.flatnonzero(labels == label)
             order = order[np.argsort(-scores[order], kind="stable")]
-            true = np.cumsum(hits[:, order] & ~ignored[:, order], axis=1)       # (T, D)
-            false = np.cumsum(~hits[:, order] & ~ignored[:, order], axis=1)
-            recall = true / positives[label]
-            exact = true / (true + false + np.spacing(1))
+            counts = ~ignored[:, order]                             # (T, D)
+            true = np.cumsum(hits[:, order] & counts, axis=1)
+            exact = true / (np.cumsum(counts, axis=1) + np.spacing(1))
             exact = np.maximum.accumulate(exact[:, ::-1], axis=1)[:, ::-1]  # at this recall or up
             for t in range(len(IOUS)):
-                at = np.searchsorted(recall[t], RECALLS)
+                at = np.searchsorted(true[t] / positives[label], RECALLS)
                 precision[area][label, t] = np.append(exact[t], 0)[at]
     all_areas = precision.pop("")                                   # (K, T, R)
     metrics = {"AP": mean(all_areas), "AP50": mean(all_areas[:, 0]), "AP75": mean(all_areas[:, 5])}
@@ -509,56 +494,22 @@ def draw_curves(history):
     return figure
 
 # ---- The run -------------------------------------------------------------------------------------
-def arguments(argv):
-    parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-
-    def default(name):
-        return f"(default: {FINE_TUNE[name]:g}, tiny {TINY[name]:g})"
-    add("--data", type=os.path.abspath, metavar="DIR", help="a VOCdevkit, or any folder of images "
-        "and XML files in VOC's format (default: data/VOCdevkit, fetched if missing: 2 GB)")
-    add("--train", nargs="+", metavar="NAME", help="lists or folders to train on; A/NAME is one "
-        "below the folder A (default: train; without --data VOC2012/train)")
-    add("--val", nargs="+", metavar="NAME", help="to evaluate on (default: val, VOC2012/val)")
-    add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo, a checkpoint "
-        "file, or tiny, a small detector from scratch (default: detr_resnet50)")
-    add("--epochs", type=int, metavar="N", help=default("epochs"))
-    add("--count-difficult", action="store_true", default=None, help="evaluate difficult ones too")
-    add("--batch-size", type=int, metavar="N", help=f"images a step {default('batch_size')}")
-    add("--accumulate", type=int, metavar="N", help="compute each step in N parts (default: 1)")
-    add("--lr", type=float, metavar="F", help=f"learning rate {default('lr')}; the backbone's is "
-        f"{FINE_TUNE['lr_backbone']:g} times that, tiny's {TINY['lr_backbone']:g} times")
-    add("--output", type=Path, default="outputs", metavar="DIR", help="default: %(default)s")
-    add("--resume", action="store_true", help="continue the run in --output, with its options")
-    add("--eval", action="store_true", help="evaluate the model on --val and stop")
-    add("--seed", type=int, metavar="N", help="of order, augmentation, new weights (default: 0)")
-    add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
-    add("--workers", type=int, metavar="N",
-        help="processes that load images (default: one a core, 16 at most; 0 without a GPU)")
-    return parser.parse_args(argv)
-
 def run(args):
-    # The device, and this process among others (torchrun).
-    args.rank = int(os.environ.get("RANK", 0))
-    args.world = int(os.environ.get("WORLD_SIZE", 1))
-    log = print if args.rank == 0 else lambda *_, **__: None
+    # The device, and the settings: those given, else those of the run to resume, else the recipe's.
+    log = partial(print, flush=True) if RANK == 0 else lambda *_: None
     args.device = choose_device(args.device)
+    args.dtype = choose_dtype(args.device)
     cuda = args.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", args.device.index or 0)))
         args.device = torch.device("cuda", torch.cuda.current_device())
-    args.dtype = choose_dtype(args.device)
-    if args.world > 1:
+    if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-
-    # The settings: those given, else those of the run to resume, else the recipe's.
     file = args.output / "checkpoint.pth"
     if file.exists() and not (args.resume or args.eval):
         raise ValueError(f"{file} is of an earlier run: --resume it, or name another --output")
     resumed = read_checkpoint(file) if args.resume else {}
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    settings = OPTIONS | resumed.get("settings", {}) | given
+    settings = OPTIONS | resumed.get("settings", {}) | vars(args)
     recipe = TINY if settings["model"] == "tiny" else FINE_TUNE
     vars(args).update(recipe | {"workers": min(16, os.cpu_count()) if cuda else 0} | settings)
     if min(args.epochs, args.batch_size, args.accumulate) < 1:
@@ -569,15 +520,14 @@ def run(args):
     names = {"val": args.val} if args.eval else {"train": args.train, "val": args.val}
     if args.data is None:
         names = {part: named or [f"VOC2012/{part}"] for part, named in names.items()}
-        for name in sum(names.values(), []) if args.rank == 0 else []:
-            fetch_voc(name)
-    if args.world > 1:
+        if RANK == 0:
+            for name in sum(names.values(), []):
+                fetch_voc(name)
+    if WORLD > 1:
         dist.barrier()      # the other processes wait for the download
     data = Path(args.data or "data/VOCdevkit")
     xmls, images, lists = find_files(data)
     sets, ours = find_sets(data, names, xmls, lists)
-    if not sets["val"]:
-        raise ValueError(f"val is empty: {data} has no XML files of annotations for it")
     records = read_sets(sets, images, data)
     classes = {name for part in records.values() for record in part for name in record["names"]}
     classes = resumed.get("classes", sorted(classes))
@@ -596,6 +546,8 @@ def run(args):
     model.aux_loss = True
     model.to(args.device, memory_format=torch.channels_last)
     criterion = SetCriterion(len(classes), HungarianMatcher()).to(args.device)
+
+    # The images as the model sees them, and what is to be said of them.
     transforms = {"train": augmentation(*model.sizes, early=False), "val": None}
     parts = {part: VOC(records[part], classes, model.sizes, transforms[part]) for part in names}
     for part, dataset in parts.items():
@@ -613,27 +565,26 @@ def run(args):
     most = max(len(record["labels"]) for part in parts.values() for record in part.records)
     if most > queries:
         log(f"note: up to {most} objects in an image; {queries} queries find at most {queries}")
-    batch_size = min(args.batch_size, len(parts.get("train", parts["val"])))
-    options = dict(batch_size=max(1, batch_size // args.world), num_workers=args.workers,
-                   collate_fn=collate, pin_memory=cuda)
     val = parts["val"]
-    val_sampler = DistributedSampler(val, args.world, args.rank, shuffle=False)
+    train = parts.get("train", val)
+    batch_size = min(args.batch_size, len(train))
+    options = dict(batch_size=max(1, batch_size // WORLD), num_workers=args.workers,
+                   collate_fn=list, pin_memory=cuda)
+    val_sampler = DistributedSampler(val, WORLD, RANK, shuffle=False)
     val_loader = DataLoader(val, sampler=val_sampler, **options)
     if args.eval:
-        losses, ap = evaluate(model, criterion, val_loader, val.records, args)
+        losses, ap = evaluate(model, criterion, val_loader, args)
         per_class = zip(classes, ap.pop("AP50_per_class"))
         log(f"loss {losses['loss']:.3f} ", *(f"{name} {value:.3f} " for name, value in ap.items()))
         log("AP50: ", *(f"{name} {value:.3f} " for name, value in per_class if value >= 0))
         return
 
     # What is trained, and its state, which --resume reads.
-    train = parts["train"]
-    sampler = DistributedSampler(train, args.world, args.rank, seed=args.seed, drop_last=True)
+    sampler = DistributedSampler(train, WORLD, RANK, seed=args.seed, drop_last=True)
     loader = DataLoader(train, sampler=sampler, drop_last=True, **options)
-    others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
+    others = {"params": [p for name, p in model.named_parameters() if "backbone" not in name]}
     backbone = {"params": model.backbone.parameters(), "lr": args.lr * args.lr_backbone}
-    optimizer = torch.optim.AdamW([{"params": others}, backbone], args.lr, weight_decay=1e-4,
-                                  fused=True)
+    optimizer = torch.optim.AdamW([others, backbone], args.lr, weight_decay=1e-4, fused=True)
     steps = args.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: args.rate(step / steps))
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
@@ -642,50 +593,47 @@ def run(args):
         for name, part in state.items():
             part.load_state_dict(resumed[name])
         schedule.base_lrs = [args.lr, args.lr * args.lr_backbone]       # if --lr is another now
-    first = resumed.get("epoch", -1) + 1
     history = resumed.get("history", [])
-    parallel = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
-    about = {"classes": classes, "config": {
-        "nheads": model.transformer.decoder.layers[0].self_attn.heads,
-        "dropout": model.transformer.decoder.layers[0].dropout.p,
-        "dilation": model.backbone[0].body.dilation,
-        "size": model.sizes[0], "max_size": model.sizes[1]}}
-    saved = {name: getattr(args, name) for name in SAVED}
+    ddp = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    layer = model.transformer.decoder.layers[0]
+    config = {"nheads": layer.self_attn.heads, "dropout": layer.dropout.p,
+              "dilation": model.backbone[0].body.dilation,
+              "size": model.sizes[0], "max_size": model.sizes[1]}
+    saved = {name: getattr(args, name) for name in [*OPTIONS, "epochs", "batch_size", "lr"]}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "log.txt").touch()       # what cannot be written is noticed now
+    first = len(history)
     began = time.monotonic()
 
     for epoch in range(first, args.epochs):
-        start, title = time.monotonic(), f"epoch {epoch + 1}/{args.epochs}"
+        start = time.monotonic()
+        title = f"epoch {epoch + 1}/{args.epochs}"
         sampler.set_epoch(epoch)
-        torch.manual_seed(hash((args.seed, epoch, args.rank)))      # the same if resumed
+        torch.manual_seed(hash((args.seed, epoch, RANK)))       # the same if resumed
         early = epoch < args.early * args.epochs        # the one switch
         train.transform = augmentation(*model.sizes, early)
         criterion.class_weight[-1] = 0.1 if early else args.eos_coef
-        losses = train_one_epoch(
-            parallel, criterion, optimizer, schedule, scaler, loader, title, args)
+        losses = train_one_epoch(ddp, criterion, optimizer, schedule, scaler, loader, title, args)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"weights are not finite after {title}: --resume with a lower --lr")
-        seconds = max(time.monotonic() - start, 1e-3)
         entry = {"epoch": epoch, "lr": schedule.get_last_lr()[0],
-                 "images_per_s": len(loader) * batch_size / seconds}
-        if cuda:
-            entry["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                 "images_per_s": len(loader) * batch_size / max(time.monotonic() - start, 1e-3),
+                 "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
         entry |= {f"train_{name}": value for name, value in losses.items()}
         line = f"{title}  loss {losses['loss']:.3f}  {entry['images_per_s']:.1f} images/s"
         evaluated = (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == args.epochs
         if evaluated:
-            losses, ap = evaluate(model, criterion, val_loader, val.records, args)
+            losses, ap = evaluate(model, criterion, val_loader, args)
             entry |= {f"test_{name}": value for name, value in losses.items()}
             entry["test_ap50_per_class"] = ap.pop("AP50_per_class")
             entry["test_coco_eval_bbox"] = list(ap.values())
             line += f"  val loss {losses['loss']:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}"
         history.append(entry)
-        if args.rank == 0:
-            about["epoch"] = epoch
+        if RANK == 0:
+            about = {"epoch": epoch, "classes": classes, "config": config}
             aps = [one["test_coco_eval_bbox"][0] for one in history if "test_loss" in one]
             if evaluated and ap["AP"] == max(aps):
-                half = copy.deepcopy(model).half().state_dict()         # for use: half the bytes
+                half = {name: value.half() for name, value in model.state_dict().items()}
                 save(args.output / "best.pth", partial(torch.save, {"model": half, **about}))
             checkpoint = {**about, "history": history, "settings": saved}
             checkpoint |= {name: part.state_dict() for name, part in state.items()}
@@ -697,17 +645,41 @@ def run(args):
             except OSError as error:
                 log(f"warning: no curves.png: {error}")
         left = (time.monotonic() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1)
-        log(f"{line}  ETA {timedelta(seconds=round(left))}", flush=True)
+        log(f"{line}  ETA {timedelta(seconds=round(left))}")
     log(f"draw what it finds: python infer.py IMAGE --weights {args.output / 'best.pth'}")
 
 def main(argv=None):
-    args = arguments(argv)
+    parser = argparse.ArgumentParser(
+        prog="train_voc.py", description=__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=os.path.abspath, metavar="DIR", help="a VOCdevkit, or any folder of images "
+        "and XML files in VOC's format (default: data/VOCdevkit, fetched if missing: 2 GB)")
+    add("--train", nargs="+", metavar="[A/]NAME", help="lists or folders, below A (default: train)")
+    add("--val", nargs="+", metavar="[A/]NAME", help="those to evaluate on (default: val)")
+    add("--model", metavar="NAME|FILE", help="what to start from: a name of the zoo, a checkpoint "
+        "file, or tiny, a small detector from scratch (default: detr_resnet50)")
+    add("--epochs", type=int, help=f"default: {FINE_TUNE['epochs']}, tiny {TINY['epochs']}")
+    add("--count-difficult", action="store_true", help="evaluate difficult objects, too")
+    add("--batch-size", type=int, metavar="N", help=f"default: {FINE_TUNE['batch_size']} images")
+    add("--accumulate", type=int, metavar="N", help="compute each step in N parts (default: 1)")
+    add("--lr", type=float, help=f"learning rate (default: {FINE_TUNE['lr']}, a tenth of it for "
+        f"the backbone; tiny {TINY['lr']} for all)")
+    add("--output", type=Path, default="outputs", metavar="DIR", help="default: %(default)s")
+    add("--resume", action="store_true", default=False,
+        help="continue the run in --output, with its options")
+    add("--eval", action="store_true", default=False, help="evaluate the model on --val and stop")
+    add("--seed", type=int, help="of order, augmentation, new weights (default: 0)")
+    add("--device", default="auto", help="cuda, mps, cpu or auto (default)")
+    add("--workers", type=int, metavar="N", help="processes that load images (default: one a core, "
+        "16 at most; 0 without a GPU)")
+    args = parser.parse_args(argv)
     try:
         run(args)
         return 0
     except (OSError, ValueError, RuntimeError) as error:
-        message = re.split(r"\n[\w.]+Error: ", str(error))[-1]      # a worker sends a traceback
-        message = " ".join(message.split())
+        # One line, and of a worker's traceback the end.
+        message = " ".join(re.split(r"\n[\w.]+Error: ", str(error))[-1].split())
         if "out of memory" in message:
             message += ": raise --accumulate, and --resume"
         if "numeric entries" in message:
