@@ -65,7 +65,6 @@ def random_boxes(n):
     return torch.cat((torch.rand(n, 2) * 0.5 + 0.2, torch.rand(n, 2) * 0.3 + 0.01), 1)
 
 def random_targets(objects, classes):
-    """Targets of images with so many objects each, for the criterion here and transformers'."""
     torch.manual_seed(1)
     labels = [torch.randint(0, classes, (m,)) for m in objects]
     return [{"labels": k, "class_labels": k, "boxes": random_boxes(len(k))} for k in labels]
@@ -103,7 +102,6 @@ def renamed(tensors):
     return found
 
 def in_transformers(model):
-    """The same detector, with the same weights, in transformers."""
     transformers = pytest.importorskip("transformers")
     dc5 = {"output_stride": 16} if model.backbone[0].body.dilation else {}
     backbone = transformers.TimmBackboneConfig(
@@ -131,7 +129,6 @@ def layers_of(peer, images, mask):
     return [*layers, {"logits": last.logits, "pred_boxes": last.pred_boxes}]
 
 def peer_losses(layers, targets, classes):
-    """The losses of all decoder layers in transformers, and their weighted sum."""
     module = pytest.importorskip("transformers.loss.loss_for_object_detection")
     matcher = module.HungarianMatcher(class_cost=1, bbox_cost=5, giou_cost=2)
     criterion = module.ImageLoss(matcher, classes, 0.1, ["labels", "boxes", "cardinality"])
@@ -208,7 +205,6 @@ def folder(data):
     return data
 
 def shrink(patch=setattr, norm=nn.BatchNorm2d, dropout=0.2):
-    """Make train_voc's `tiny` a recipe that a test can afford."""
     patch(train_voc, "tiny", lambda num_classes: small(num_classes, norm, dropout=dropout))
     patch(train_voc, "TINY", train_voc.TINY | dict(
         epochs=4, batch_size=4, lr=2e-3, evaluate_every=1, early=0.5, eos_coef=0.1,
@@ -216,8 +212,7 @@ def shrink(patch=setattr, norm=nn.BatchNorm2d, dropout=0.2):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """A function that runs train_voc.py, by default for one epoch of a short `tiny`. It returns
-    what was printed, the data sets, and the paths of the images of each."""
+    """Runs train_voc.py; returns what was printed, the data sets, and the images' paths of each."""
     shrink(monkeypatch.setattr)
     numbers = itertools.count()
     made = {}
@@ -243,15 +238,14 @@ def run(tmp_path, monkeypatch, capsys):
     return start
 
 def log_of(output):
-    """The log's entries, without the speed."""
     entries = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
     return [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in entries]
 
 @pytest.fixture
 def weights(tmp_path):
-    """The file of a small detector of cats, dogs and cows."""
-    return put(tmp_path / "weights.pth", {"model": randomize(small()).state_dict(),
-                                          "classes": ["cat", "dog", "cow"], "config": CONFIG})
+    state = randomize(small()).state_dict()
+    checkpoint = {"model": state, "classes": ["cat", "dog", "cow"], "config": CONFIG}
+    return put(tmp_path / "weights.pth", checkpoint)
 
 @pytest.fixture
 def server(tmp_path):
@@ -266,15 +260,12 @@ def server(tmp_path):
 
 # ---- Boxes, backbone, attention ------------------------------------------------------------------
 def test_boxes_equal_torchvision(double):
-    ops, a, b = torchvision.ops, random_boxes(50), random_boxes(70)
-    corners, others = box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b)
-    close(corners, ops.box_convert(a, "cxcywh", "xyxy"), 1e-12)
-    close(detr_mini.box_xyxy_to_cxcywh(corners), a, 1e-12)
+    ops, boxes = torchvision.ops, random_boxes(50)
+    corners, others = box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(random_boxes(70))
+    close(corners, ops.box_convert(boxes, "cxcywh", "xyxy"), 1e-12)
+    close(detr_mini.box_xyxy_to_cxcywh(corners), boxes, 1e-12)
     close(box_iou(corners, others), ops.box_iou(corners, others), 1e-10)
-    giou = ops.generalized_box_iou(corners, others)
-    close(generalized_box_iou(corners, others), giou, 1e-10)
-    batches = corners.view(2, 25, 4), others.view(2, 35, 4)         # pairs of one batch each
-    close(generalized_box_iou(*batches)[1], giou[25:, 35:], 1e-10)
+    close(generalized_box_iou(corners, others), ops.generalized_box_iou(corners, others), 1e-10)
 
 def test_backbone_equals_torchvision(double):
     """ResNet-18, its norm trained and frozen; ResNet-50 is in the whole detector below."""
@@ -291,15 +282,12 @@ def test_backbone_equals_torchvision(double):
     close(trained.train()(x), stages.train()(x), 1e-8)
 
 def test_attention_equals_torch_in_both_of_its_forms(double):
-    peer = nn.MultiheadAttention(8, 2, batch_first=True)
-    ours = MultiheadAttention(8, 2, 0.5).eval()
+    peer, ours = nn.MultiheadAttention(8, 2, batch_first=True), MultiheadAttention(8, 2, 0.5).eval()
     ours.load_state_dict(randomize(peer).state_dict())
     q, k, v = (torch.randn(2, n, 8) for n in (3, 7, 7))
-    padding = torch.zeros(2, 7, dtype=torch.bool)
-    padding[1, 4:] = True
+    padding = torch.arange(7) > torch.tensor([[6], [3]])
     expected, weights = peer(q, k, v, key_padding_mask=padding, average_attn_weights=False)
     close(ours(q, k, v, ~padding[:, None, None]), expected, 1e-10)
-    assert not torch.equal(ours.train()(q, k, v), ours(q, k, v))        # dropout
     ours.keep_weights = True
     close(ours(q, k, v, ~padding[:, None, None]), expected, 1e-10)
     close(ours.weights, weights, 1e-10)
@@ -325,17 +313,12 @@ def test_detector_equals_transformers(pair, sizes, dtype, atol):
         close(layer["pred_boxes"], peers["pred_boxes"], atol)
     assert ours["pred_boxes"].dtype == dtype
 
-@pytest.mark.xfail(torch.__version__.startswith("2.6."), reason="its export guards on odd sizes")
-def test_compile_without_a_break_and_export_for_any_size_give_the_same():
+def test_it_compiles_without_a_break():
     model = randomize(small())
-    x, other = torch.randn(1, 3, 96, 128), torch.randn(1, 3, 70, 201)
-    padded = pad_images([x[0], x[0, :, 30:]])
-    sides = {2: torch.export.Dim("h", min=32, max=1333), 3: torch.export.Dim("w", min=32, max=1333)}
+    padded = pad_images([torch.randn(3, 96, 128), torch.randn(3, 70, 99)])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        close(compiled(*padded)["pred_boxes"], model(*padded)["pred_boxes"], 1e-5)
-        exported = torch.export.export(model, (x,), dynamic_shapes={"images": sides}).module()
-        close(exported(other)["pred_logits"], model(other)["pred_logits"], 1e-5)
+        close(compiled(*padded), model(*padded), 1e-5)
 
 # ---- Matching and loss ---------------------------------------------------------------------------
 @pytest.mark.parametrize("objects", [[3, 5, 1], [0, 4, 0], [0, 0, 0], [12, 30, 2]])
@@ -500,7 +483,7 @@ def test_folders_are_sets_and_may_hold_equal_names(data, run, images, xmls, trai
     assert [done.train, done.val, run(data, "--val", "test").val] == expected
 
 def test_a_split_by_chance_is_announced_and_hardly_changed_by_added_images(data, run, weights):
-    stems = [f"Screenshot ({i})" for i in range(55)]
+    stems = [f"Screenshot ({i})" for i in range(50)] + [f"A ({i})" for i in range(5)]
     voc(data, stems[:50], default=stems[:50])
     old = run(data)
     assert (len(old.train), len(old.val)) == (40, 10) and "split" in old.out
@@ -541,7 +524,7 @@ XML, JPEG = "Annotations/0003.xml", "JPEGImages/0003.jpg"
     (lambda d: shutil.copytree(d / "JPEGImages", d / "images"), f"{XML}.*/images/0003.jpg"),
     (lambda d: shutil.copy(d / XML, d / "0003.xml"), f"data/0003.xml and .*{XML} "),
     (lambda d: voc(d, [], train=["0001", "0077"], val=["0002"]), "train.txt.*'0077'"),
-    (lambda d: voc(d, [], train=["0001"], val=[]), "val.* empty"),
+    (lambda d: voc(d, [], train=["0001"], val=[]), "val .*has annotations"),
     (lambda d: voc(d, [], train=["0001"]), "no list or folder val"),
     (lambda d: [put(path, path.read_text().replace("<difficult>0", "<difficult>1"))
                 for path in d.glob("*/*.xml")], "nothing to train on.*8 marked difficult")])
@@ -585,11 +568,11 @@ def test_boxes_are_of_the_upright_image_or_by_size_of_the_stored_one(data, run, 
     lambda grey: grey.astype(np.uint16) * 200 + 2000, lambda grey: grey.astype(np.uint16) * 16,
     lambda grey: np.dstack([grey, 255 - grey])], ids=["16 bits", "12 bits", "transparent"])
 def test_training_and_inference_read_the_same_pixels(data, run, levels):
-    voc(data, STEMS, "{}.png", "{}.xml")
+    voc(data, STEMS, "{}.png")
     for i, stem in enumerate(STEMS):
         put(data / f"{stem}.png", Image.fromarray(levels(np.asarray(scene(i)[0].convert("L")))))
-    done = run(data)
-    for record, (image, _) in zip(done.sets["val"].records, done.sets["val"], strict=True):
+    val = run(data).sets["val"]
+    for record, (image, _) in zip(val.records, val, strict=True):
         pixels = v2.functional.pil_to_tensor(infer.open_image(record["path"]))
         assert torch.equal(image, v2.functional.resize(pixels, (48, 64)))
         assert image.min() < 60 and image.max() > 100       # neither white nor black
@@ -617,7 +600,6 @@ def test_boxes_follow_their_pixels(sizes, shorter_sides):
 
 # ---- train_voc: average precision ----------------------------------------------------------------
 def peer_ap(predictions, targets, num_classes):
-    """The first six numbers of pycocotools, and AP50 for each class."""
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     peers = coco.COCO(), coco.COCO()
@@ -678,7 +660,7 @@ def test_training_steps_end_in_the_weights_of_transformers(double):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     args = Namespace(device=torch.device("cpu"), dtype=torch.float32, accumulate=1)
     train_voc.train_one_epoch(model, SetCriterion(7, HungarianMatcher()), optimizer, constant,
-                              scaler, [(images, targets)] * 4, "", args)
+                              scaler, [list(zip(images, targets))] * 4, "", args)
     optimizer = torch.optim.AdamW(peer.parameters(), 1e-4)
     padded = pad_images([normalized(image / 255, image.shape[1:]) for image in images])
     for _ in range(4):
@@ -690,7 +672,6 @@ def test_training_steps_end_in_the_weights_of_transformers(double):
     close(renamed(model.state_dict().items()), dict(peer.state_dict()), 1e-8)
 
 def launch(patches, data, output, *more, two=False):
-    """Run train_voc.py, patched, in processes of its own."""
     program = put(output.with_suffix(".py"), "import os, signal, sys, test_detr_mini as t\n"
                   f"{patches}if __name__ == '__main__':\n    sys.exit(t.train_voc.main())\n")
     command = [sys.executable, program]
@@ -727,7 +708,7 @@ def test_killed_while_it_saves_it_resumes_bit_for_bit_with_its_options(folder, t
 
 PLAIN = """
 t.shrink(norm=t.FrozenBatchNorm2d, dropout=0.0)     # a trained norm has statistics of its part,
-t.train_voc.augmentation = lambda size, *_: t.v2.Resize(size)    # a process its own augmentation,
+t.train_voc.augmentation = lambda size, *_, **__: t.v2.Resize(size)     # each its own augmentation
 t.torch.cpu.get_capabilities = dict                 # and sums in bfloat16 depend on their parts
 """
 
@@ -735,11 +716,13 @@ def test_two_processes_and_accumulated_parts_train_as_one(data, tmp_path):
     """With one object in each image, every mean over a part is also the mean over the whole."""
     voc(data, [*STEMS, "a", "b"], train=STEMS[:8], val=[*STEMS[8:], "a", "b"])
     logs = []
-    for output, parts, two in (("one", 1, False), ("parts", 2, False), ("two", 1, True)):
-        done = launch(PLAIN, data, tmp_path / output, "--epochs", 2, "--accumulate", parts, two=two)
+    for output, parts, two in (("one", 1, False), ("parts", 3, False), ("two", 1, True)):
+        done = launch(PLAIN, data, tmp_path / output, "--batch-size", 8, "--accumulate", parts,
+                      two=two)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("epoch 2/2") == 1          # only the first process prints
-        logs.append({name: torch.tensor(v) for name, v in log_of(tmp_path / output)[-1].items()})
+        assert done.stdout.count("epoch 4/4") == 1          # only the first process prints
+        [*_, last] = log_of(tmp_path / output)
+        logs.append({name: torch.tensor(last[name]) for name in last if name.startswith("test")})
     close(logs[1], logs[0], 1e-3)
     close(logs[2], logs[0], 1e-3)
 
@@ -861,7 +844,7 @@ def test_voc_is_fetched_and_unpacked_once(folder, server, tmp_path, monkeypatch,
 # ---- infer ---------------------------------------------------------------------------------------
 @pytest.fixture
 def see(tmp_path, weights, capsys):
-    """A function that runs infer.py; returns its results and its lines of errors."""
+    """Runs infer.py; returns its results and its lines of errors."""
     file = tmp_path / "found.json"
 
     def start(*sources, code=0, out="seen"):
@@ -892,19 +875,17 @@ def test_every_kind_of_image_is_opened(tmp_path):
         assert seen.mode == "RGB" and seen.size == (80, 50), path
         assert np.abs(np.asarray(seen, dtype=int) - ramp[..., None]).mean() < 6, path
 
-def test_one_bad_file_stops_no_other(tmp_path, see, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+def test_one_bad_file_stops_no_other(tmp_path, see):
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "text"               # as a number's tag: Pillow raises struct.error
-    good = put(tmp_path / "good/0042.jpg", Image.effect_noise((80, 50), 90))
     broken = exif.tobytes().replace(b"\x01\x0f", b"\x01\x07")
+    good = put(tmp_path / "good/0042.jpg", Image.effect_noise((80, 50), 90))
     put(tmp_path / "exif.jpg", Image.open(good), exif=broken)
     put(tmp_path / "cut.jpg", good.read_bytes()[:400])
     put(tmp_path / "text.png", "no image")
-    put(tmp_path / "panorama.png", Image.new("L", (400, 100)))
     put(tmp_path / "empty/file", "")
-    names = ["exif.jpg", "cut.jpg", "text.png", "panorama.png", "nothing.jpg", "*.jpg", "empty"]
+    names = ["exif.jpg", "cut.jpg", "text.png", "nothing.jpg", "*.jpg", "empty"]
     [result, *_], errors = see(*(tmp_path / name for name in names), tmp_path / "good", code=2)
     for name, line in zip(names, errors, strict=True):
         assert line.startswith(f"infer.py: error: {tmp_path / name}: ")
@@ -953,11 +934,10 @@ def test_weights_from_the_network(tmp_path, server, monkeypatch):
     with pytest.raises(OSError, match="invalid hash"):
         load_detr("detr_resnet50")
     shutil.copy(file, root / name)
-    load_detr("detr_resnet50")
+    assert load_detr("detr_resnet50").backbone[0].body.dilation     # as the file's name says
     (root / name).unlink()                                  # no network is needed a second time
-    model = load_detr("detr_resnet50")
-    assert model.backbone[0].body.dilation                  # as the name of the file says
-    assert model.classes[1] == "person" and model.classes[90] == "toothbrush"
+    names = load_detr("detr_resnet50").classes
+    assert names[1] == "person" and names[90] == "toothbrush"
 
 def test_the_first_command_finds_the_cells(tmp_path):
     """`python infer.py`: the white cell of each photograph, as BCCD marks it, and red ones."""

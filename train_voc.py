@@ -310,11 +310,13 @@ def augmentation(size, max_size, early):
     if max_size is None:
         height, width = fit(1, 1, size, None)
         ratio = width / height
-        window = v2.RandomResizedCrop((height, width), (0.5, 1), (0.8 * ratio, 1.25 * ratio))
+        flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+        if early:
+            half = v2.Resize((height // 2, width // 2))
+            return v2.Compose([*flips, half, v2.SanitizeBoundingBoxes()])
         return v2.Compose([
-            v2.RandomHorizontalFlip(),
-            v2.RandomVerticalFlip(),
-            v2.Resize((height // 2, width // 2)) if early else window,
+            *flips,
+            v2.RandomResizedCrop((height, width), (0.5, 1), (0.8 * ratio, 1.25 * ratio)),
             v2.ColorJitter(brightness=0.2, contrast=0.2),
             v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes(min_size=4),
