@@ -601,7 +601,8 @@ def run(args):
     config = {"nheads": layer.self_attn.heads, "dropout": layer.dropout.p,
               "dilation": model.backbone[0].body.dilation,
               "size": model.sizes[0], "max_size": model.sizes[1]}
-    saved = {name: getattr(args, name) for name in [*OPTIONS, "epochs", "batch_size", "lr"]}
+    kept = *OPTIONS, "epochs", "batch_size", "lr", "workers"
+    saved = {name: getattr(args, name) for name in kept}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "log.txt").touch()       # what cannot be written is noticed now
     first = len(history)
