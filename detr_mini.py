@@ -308,7 +308,9 @@ def pad_images(images):
     for i, (h, w) in enumerate(zip(heights, widths)):
         batch[i, :, :h, :w] = images[i]
         mask[i, :h, :w] = False
-    return batch, mask if len({image.shape for image in images}) > 1 else None
+    if len({image.shape for image in images}) == 1:
+        return batch, None
+    return batch, mask
 
 class DETR(nn.Module):
     """The detector (paper: 3.2, Fig. 2). `num_classes` counts object classes; "no object" is one
@@ -480,9 +482,8 @@ def fit(height, width, size, max_size):
 def normalize(image):
     """(..., 3, h, w) uint8, or floats in [0, 1], by the mean and std of ImageNet's pixels."""
     image = image / 255 if image.dtype == torch.uint8 else image
-    mean = image.new_tensor([0.485, 0.456, 0.406])
-    std = image.new_tensor([0.229, 0.224, 0.225])
-    return (image - mean[:, None, None]) / std[:, None, None]
+    channels = zip(image.unbind(-3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=-3)
 
 def to_tensor(image):
     """A PIL image, RGB, to a tensor (3, h, w) uint8. TypeError if it is anything else."""

@@ -180,7 +180,7 @@ def main(argv=None):
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")     # for any file's name
     try:
         return 2 if run(args) else 0
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:    # the last is CUDA's
         print("infer.py: error:", *str(error).split(), file=sys.stderr)
     except KeyboardInterrupt:
         print("infer.py: stopped; the images written so far are complete", file=sys.stderr)

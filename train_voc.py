@@ -107,7 +107,7 @@ def is_annotation(xml):
 
 def find_files(data):
     """Annotations and images {key: [Path]} and lists {name: [Path]} below a folder. Hidden files,
-    __MACOSX and other XML are passed over; links are followed, but not in circles."""
+    __MACOSX and other XML are passed over; links are followed, but not upwards."""
     xmls, images, lists = defaultdict(list), defaultdict(list), defaultdict(list)
     for root, folders, files in os.walk(data, followlinks=True):
         here = os.path.realpath(root) + os.sep
@@ -316,6 +316,7 @@ def augmentation(size, max_size, early):
             return v2.Compose([*flips, half, v2.SanitizeBoundingBoxes()])
         return v2.Compose([
             *flips,
+            v2.Resize((2 * height, 2 * width)),     # so that windows have the shape of any image
             v2.RandomResizedCrop((height, width), (0.5, 1), (0.8 * ratio, 1.25 * ratio)),
             v2.ColorJitter(brightness=0.2, contrast=0.2),
             v2.ClampBoundingBoxes(),
@@ -487,9 +488,9 @@ def draw_curves(history):
     figure = Figure((16, 7), layout="constrained")
     figure.suptitle("training solid, validation dashed; coco_eval_bbox: AP, AP50, AP75")
     for axes, name in zip(figure.subplots(2, 4).flat, names):
-        for key, line in ((f"train_{name}", "-"), (f"test_{name}", "--"), (name, "-")):
-            entries = [entry for entry in history if key in entry]
-            values = [np.ravel(entry[key])[:3] for entry in entries]
+        for column, line in ((f"train_{name}", "-"), (f"test_{name}", "--"), (name, "-")):
+            entries = [entry for entry in history if column in entry]
+            values = [np.ravel(entry[column])[:3] for entry in entries]
             axes.plot([entry["epoch"] + 1 for entry in entries], values, line)
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
@@ -508,12 +509,14 @@ def run(args):
     if WORLD > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     file = args.output / "checkpoint.pth"
-    if file.exists() and not (args.resume or args.eval):
-        raise ValueError(f"{file} is of an earlier run: --resume it, or name another --output")
+    earlier = [path for path in (file, args.output / "best.pth") if path.exists()]
+    if earlier and not (args.resume or args.eval):
+        raise ValueError(f"{earlier[0]} is of an earlier run: --resume it or name another --output")
     resumed = read_checkpoint(file) if args.resume else {}
     settings = OPTIONS | resumed.get("settings", {}) | vars(args)
     recipe = TINY if settings["model"] == "tiny" else FINE_TUNE
-    vars(args).update(recipe | {"workers": min(16, os.cpu_count()) if cuda else 0} | settings)
+    workers = min(16, os.cpu_count() // WORLD) if cuda else 0
+    vars(args).update(recipe | {"workers": workers} | settings)
     if min(args.epochs, args.batch_size, args.accumulate) < 1:
         raise ValueError("--epochs, --batch-size and --accumulate must be at least 1")
     torch.manual_seed(args.seed)
@@ -594,8 +597,12 @@ def run(args):
     if resumed:
         for name, part in state.items():
             part.load_state_dict(resumed[name])
-        schedule.base_lrs = [args.lr, args.lr * args.lr_backbone]       # if --lr is another now
     history = resumed.get("history", [])
+    # The rate of this place in the run, if --lr or the number of steps is another now.
+    schedule.base_lrs = [args.lr, args.lr * args.lr_backbone]
+    schedule.last_epoch = len(history) * len(loader)
+    for group, base in zip(optimizer.param_groups, schedule.base_lrs):
+        group["lr"] = base * args.rate(schedule.last_epoch / steps)
     ddp = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     layer = model.transformer.decoder.layers[0]
     config = {"nheads": layer.self_attn.heads, "dropout": layer.dropout.p,
@@ -642,11 +649,11 @@ def run(args):
             checkpoint |= {name: part.state_dict() for name, part in state.items()}
             save(file, partial(torch.save, checkpoint))
             lines = "".join(f"{json.dumps(one)}\n" for one in history)
-            save(args.output / "log.txt", lambda log_file: log_file.write(lines.encode()))
             try:
+                save(args.output / "log.txt", lambda log_file: log_file.write(lines.encode()))
                 save(args.output / "curves.png", draw_curves(history).savefig)
-            except OSError as error:
-                log(f"warning: no curves.png: {error}")
+            except OSError as error:        # the next epoch writes both again
+                log(f"warning: no log.txt or curves.png: {error}")
         left = (time.monotonic() - began) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         log(f"{line}  ETA {timedelta(seconds=round(left))}")
     log(f"draw what it finds: python infer.py IMAGE --weights {args.output / 'best.pth'}")
@@ -680,7 +687,7 @@ def main(argv=None):
     try:
         run(args)
         return 0
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         # One line, and of a worker's traceback the end.
         message = " ".join(re.split(r"\n[\w.]+Error: ", str(error))[-1].split())
         if "out of memory" in message:
