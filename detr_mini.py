@@ -386,8 +386,8 @@ class HungarianMatcher:
         cost = -self.cost_class * p_class + self.cost_bbox * l1 - self.cost_giou * giou
         matches = []
         for table, target in zip(cost.cpu(), targets):              # (N, M)
-            queries, objects = linear_sum_assignment(table[:, :len(target["labels"])])
-            matches.append((torch.as_tensor(queries), torch.as_tensor(objects)))
+            queries, indices = linear_sum_assignment(table[:, :len(target["labels"])])
+            matches.append((torch.as_tensor(queries), torch.as_tensor(indices)))
         return matches
 
 # ---- 7. Loss (3.1, Eq. 2; A.2) -------------------------------------------------------------------
@@ -426,8 +426,8 @@ class SetCriterion(nn.Module):
         logits = outputs["pred_logits"]                             # (B, N, K + 1)
 
         # The P matched pairs: an image, a query of it, and an object's index in it, (P,) each.
-        pairs = [(torch.full_like(queries, b), queries, objects)
-                 for b, (queries, objects) in enumerate(self.matcher(outputs, targets))]
+        pairs = [(torch.full_like(queries, b), queries, indices)
+                 for b, (queries, indices) in enumerate(self.matcher(outputs, targets))]
         image, query, index = (torch.cat(part).to(logits.device) for part in zip(*pairs))
         labels, boxes = pad_targets(targets)
         labels = labels[image, index]                               # (P,)

@@ -370,9 +370,9 @@ def forward(model, criterion, batch, args):
 def averages(steps):
     """The means of the losses of all steps, [{name: tensor}], over all processes."""
     values = torch.stack([torch.stack([*losses.values()]) for losses in steps]).mean(0)
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.all_reduce(values)
-        values /= dist.get_world_size()
+        values /= WORLD
     return dict(zip(steps[0], values.tolist()))
 
 def train_one_epoch(model, criterion, optimizer, schedule, scaler, loader, title, args):
@@ -595,8 +595,8 @@ def run(args):
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if resumed:
-        for name, part in state.items():
-            part.load_state_dict(resumed[name])
+        for name in state:
+            state[name].load_state_dict(resumed[name])
     history = resumed.get("history", [])
     # The rate of this place in the run, if --lr or the number of steps is another now.
     schedule.base_lrs = [args.lr, args.lr * args.lr_backbone]
@@ -633,11 +633,11 @@ def run(args):
         line = f"{title}  loss {losses['loss']:.3f}  {entry['images_per_s']:.1f} images/s"
         evaluated = (epoch + 1) % args.evaluate_every == 0 or epoch + 1 == args.epochs
         if evaluated:
-            losses, ap = evaluate(model, criterion, val_loader, args)
-            entry |= {f"test_{name}": value for name, value in losses.items()}
+            val_losses, ap = evaluate(model, criterion, val_loader, args)
+            entry |= {f"test_{name}": value for name, value in val_losses.items()}
             entry["test_ap50_per_class"] = ap.pop("AP50_per_class")
             entry["test_coco_eval_bbox"] = list(ap.values())
-            line += f"  val loss {losses['loss']:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}"
+            line += f"  val loss {val_losses['loss']:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}"
         history.append(entry)
         if RANK == 0:
             about = {"epoch": epoch, "classes": classes, "config": config}
@@ -646,7 +646,7 @@ def run(args):
                 half = {name: value.half() for name, value in model.state_dict().items()}
                 save(args.output / "best.pth", partial(torch.save, {"model": half, **about}))
             checkpoint = {**about, "history": history, "settings": saved}
-            checkpoint |= {name: part.state_dict() for name, part in state.items()}
+            checkpoint |= {name: state[name].state_dict() for name in state}
             save(file, partial(torch.save, checkpoint))
             lines = "".join(f"{json.dumps(one)}\n" for one in history)
             try:
