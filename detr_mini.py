@@ -1,15 +1,17 @@
 """DETR, the detection transformer, in one file to read beside the paper: "End-to-End Object
-Detection with Transformers" (arXiv 2005.12872). Each banner names the paper's section.
+Detection with Transformers" (arXiv 2005.12872). The file follows the data from pixels to loss;
+each banner names the section of the paper.
 
-Five decisions that a reader needs to know:
+Six decisions that a reader needs to know:
 - Post-norm: each residual branch is added first, and the sum is normalised.
 - Positions are added to q and k in every layer, never to v.
 - The projections of q, k and v are packed in one matrix, as in `torch.nn.MultiheadAttention`.
 - Batch norm is frozen: constant statistics, folded into the convolution before it.
 - Boxes are (cx, cy, w, h) in [0, 1] of the image, without its padding.
+- Modules nest so that parameters have the names of the published checkpoints.
 
-Shapes stand in comments: B images, N queries, L decoder layers, M objects, K classes,
-S = H'W' memory tokens (cells of the feature map), d model width."""
+Shapes are in comments: B images, N queries, L decoder layers, M objects, K classes, S = H'W'
+tokens (one for each location of the feature map), d model width."""
 import argparse
 import math
 import pathlib
@@ -33,31 +35,32 @@ def box_xyxy_to_cxcywh(boxes):
     return torch.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), dim=-1)
 
 def box_areas(boxes1, boxes2):
-    """The areas of intersection, union and smallest enclosing box of every pair of x0 y0 x1 y1
-    boxes: (..., N, 4), (..., M, 4) to three tensors (..., N, M), in square units of the boxes."""
+    """For every pair of x0 y0 x1 y1 boxes, the areas of their intersection, their union and the
+    smallest box that encloses both: (..., N, 4), (..., M, 4) to three tensors (..., N, M)."""
     a = boxes1[..., :, None, :]                                     # (..., N, 1, 4)
     b = boxes2[..., None, :, :]                                     # (..., 1, M, 4)
-    inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    inner_size = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    outer_size = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     area_a = (a[..., 2:] - a[..., :2]).prod(-1)
     area_b = (b[..., 2:] - b[..., :2]).prod(-1)
-    intersection = inner.clamp(min=0).prod(-1)
-    return intersection, area_a + area_b - intersection, outer.prod(-1)
+    intersection = inner_size.clamp(min=0).prod(-1)
+    return intersection, area_a + area_b - intersection, outer_size.prod(-1)
 
 def box_iou(boxes1, boxes2):
-    """IoU of every pair of x0 y0 x1 y1 boxes: (..., N, 4), (..., M, 4) to (..., N, M) in [0, 1]."""
+    """IoU of every pair of x0 y0 x1 y1 boxes, (..., N, 4), (..., M, 4) to (..., N, M) in [0, 1]."""
     intersection, union, _ = box_areas(boxes1, boxes2)
-    return intersection / union
+    return intersection / union                                     # of two empty boxes: nan
 
 def generalized_box_iou(boxes1, boxes2):
     """GIoU of every pair, shapes as in `box_iou`, in [-1, 1] (paper: A.2)."""
     intersection, union, enclosing = box_areas(boxes1, boxes2)
-    # GIoU = IoU - |enclosing box without the union| / |enclosing box|: boxes apart have a gradient
+    # GIoU = IoU - |enclosing box without the union| / |enclosing box|
+    # The second term gives a gradient even to boxes that do not overlap.
     return intersection / union - (enclosing - union) / enclosing
 
 # ---- 2. Backbone (3.2) ---------------------------------------------------------------------------
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm with constant statistics (paper: A.4), for small batches; see `conv_norm`."""
+    """Batch norm that never changes, as small batches estimate it badly (A.4); see `conv_norm`."""
 
     def __init__(self, channels):
         super().__init__()
@@ -68,11 +71,12 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
 def conv_norm(x, conv, norm):
-    """`norm(conv(x))`, a constant norm folded into the weight: one pass over x instead of two."""
-    if isinstance(norm, nn.BatchNorm2d) and norm.training:
+    """`norm(conv(x))`, (B, C, H, W) to (B, C', H', W'). A frozen norm is folded into the weight of
+    the convolution, at each call, so that the convolution can still be trained."""
+    if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()     # (C,)
-    shift = norm.bias - norm.running_mean * scale                   # (C,)
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()     # (C',)
+    shift = norm.bias - norm.running_mean * scale                   # (C',)
     weight = conv.weight * scale[:, None, None, None]
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
 
@@ -80,12 +84,12 @@ class BasicBlock(nn.Module):
     """The residual block of ResNet-18 and 34: two 3x3 convolutions."""
     expansion = 1
 
-    def __init__(self, inplanes, planes, stride, dilation, norm):
+    def __init__(self, in_channels, channels, stride, dilation, norm):
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation, bias=False)
-        self.bn1 = norm(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, dilation, dilation, bias=False)
-        self.bn2 = norm(planes)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, dilation, dilation, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, bias=False)
+        self.bn2 = norm(channels)
         self.downsample = None
 
     def forward(self, x):
@@ -94,17 +98,17 @@ class BasicBlock(nn.Module):
         return conv_norm(x, self.conv2, self.bn2).add_(shortcut).relu_()
 
 class Bottleneck(nn.Module):
-    """The residual block of ResNet-50 and 101: 1x1 down, 3x3, 1x1 up to four times the width."""
+    """The residual block of ResNet-50 and 101: 1x1 down, 3x3, 1x1 up to four times the channels."""
     expansion = 4
 
-    def __init__(self, inplanes, planes, stride, dilation, norm):
+    def __init__(self, in_channels, channels, stride, dilation, norm):
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
-        self.bn1 = norm(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, dilation, dilation, bias=False)
-        self.bn2 = norm(planes)
-        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
-        self.bn3 = norm(4 * planes)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = norm(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = norm(4 * channels)
         self.downsample = None
 
     def forward(self, x):
@@ -115,8 +119,8 @@ class Bottleneck(nn.Module):
 
 class ResNet(nn.Module):
     """Images (B, 3, H, W) to features (B, num_channels, H/stride, W/stride), rounded up. `layers`
-    counts the blocks of each stage: four for stride 32, three for 16. `dilation` (DC5) replaces the
-    last stage's stride. With the frozen norm, stem and first stage are not trained either (A.4)."""
+    is the number of blocks in each stage: four stages have stride 32, three have stride 16.
+    `dilation` (DC5) replaces the stride of the last stage."""
 
     def __init__(self, block, layers, width=64, dilation=False, norm=FrozenBatchNorm2d):
         super().__init__()
@@ -125,33 +129,34 @@ class ResNet(nn.Module):
         self.dilation = dilation
         self.stride = 4
         self.num_channels = width
-        self.stages = [f"layer{i + 1}" for i in range(len(layers))]
-        for i, (stage, depth) in enumerate(zip(self.stages, layers)):
-            dilated = dilation and stage == self.stages[-1]
+        self.stage_names = [f"layer{i + 1}" for i in range(len(layers))]
+        for i, (name, depth) in enumerate(zip(self.stage_names, layers)):
+            dilated = dilation and name == self.stage_names[-1]
             stride = 1 if i == 0 or dilated else 2
-            planes = width * 2**i
-            channels = planes * block.expansion
-            blocks = [block(self.num_channels, planes, stride, 1, norm)]
-            if stride != 1 or self.num_channels != channels:
-                conv = nn.Conv2d(self.num_channels, channels, 1, stride, bias=False)
-                blocks[0].downsample = nn.Sequential(conv, norm(channels))
+            channels = width * 2**i
+            out_channels = channels * block.expansion
+            blocks = [block(self.num_channels, channels, stride, 1, norm)]
+            if stride != 1 or self.num_channels != out_channels:
+                conv = nn.Conv2d(self.num_channels, out_channels, 1, stride, bias=False)
+                blocks[0].downsample = nn.Sequential(conv, norm(out_channels))
             for _ in range(depth - 1):
-                blocks.append(block(channels, planes, 1, 2 if dilated else 1, norm))
-            self.add_module(stage, nn.Sequential(*blocks))
+                blocks.append(block(out_channels, channels, 1, 2 if dilated else 1, norm))
+            self.add_module(name, nn.Sequential(*blocks))
             self.stride *= stride
-            self.num_channels = channels
+            self.num_channels = out_channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if norm is FrozenBatchNorm2d:
-            nn.Sequential(self.conv1, self.layer1).requires_grad_(False)
+        if norm is FrozenBatchNorm2d:   # from ImageNet, whose first features serve any image
+            self.conv1.requires_grad_(False)
+            self.layer1.requires_grad_(False)
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
         x = conv_norm(x, self.conv1, self.bn1).relu_()
         x = F.max_pool2d(x, 3, stride=2, padding=1)
-        for stage in self.stages:
-            x = getattr(self, stage)(x)
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
         return x
 
 RESNETS = {
@@ -163,8 +168,8 @@ RESNETS = {
 
 # ---- 3. Positions (A.4) --------------------------------------------------------------------------
 class PositionEmbeddingSine(nn.Module):
-    """A cell's row (first half of the channels) and column as sines and cosines. Both are counted
-    over the image without its padding and scaled to (0, 2 pi], whatever its size."""
+    """The row (first half of the channels) and the column of each location as sines and cosines.
+    Both are counted over the image without its padding and scaled to (0, 2 pi]."""
 
     def __init__(self, channels_per_axis=128):
         super().__init__()
@@ -182,6 +187,7 @@ class PositionEmbeddingSine(nn.Module):
         """valid (B, H', W') bool, False on padding, to (B, S, 2 * channels_per_axis)."""
         rows = valid.cumsum(1, dtype=dtype)                         # (B, H', W')
         columns = valid.cumsum(2, dtype=dtype)
+        # Scaled by the last count; 1e-6, as a column or row of padding alone counts to 0.
         rows = rows / (rows[:, -1:] + 1e-6) * 2 * math.pi
         columns = columns / (columns[:, :, -1:] + 1e-6) * 2 * math.pi
         return torch.cat((self.encode(rows), self.encode(columns)), dim=3).flatten(1, 2)
@@ -189,7 +195,7 @@ class PositionEmbeddingSine(nn.Module):
 # ---- 4. Attention and transformer (A.1, A.3) -----------------------------------------------------
 class MultiheadAttention(nn.Module):
     """softmax(q k^T / sqrt(d/heads)) v in every head, between an input and an output projection
-    (paper: A.1). If `keep_weights`, `weights` (B, heads, N, S) is the last call's attention."""
+    (paper: A.1). With `keep_weights`, `attention` (B, heads, N, S) is the last call's softmax."""
 
     def __init__(self, d, heads, dropout=0.0):
         super().__init__()
@@ -201,27 +207,26 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(d, d)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, q, k, v, attend=None):
-        """q (B, N, d), k and v (B, S, d), attend (B, 1, 1, S) bool or None, to (B, N, d)."""
+    def forward(self, q, k, v, key_mask=None):
+        """q (B, N, d), k and v (B, S, d) to (B, N, d). key_mask (B, 1, 1, S): False on padding."""
         weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)             # (d, d) each
         bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
         q = F.linear(q, weight_q, bias_q).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = F.linear(k, weight_k, bias_k).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = F.linear(v, weight_v, bias_v).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        if self.keep_weights:                                       # v (B, heads, S, d/heads)
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])       # (B, heads, N, S)
-            if attend is not None:
-                scores = scores.masked_fill(~attend, -math.inf)
-            self.weights = scores.softmax(-1)
-            x = self.weights @ v                                    # (B, heads, N, d/heads)
-        else:                                                       # the same, in one kernel
-            dropout = self.dropout if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, attend, dropout)
+        dropout = self.dropout if self.training else 0.0
+        if self.keep_weights:           # the formula; q, k, v are (B, heads, N or S, d/heads)
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])           # (B, heads, N, S)
+            if key_mask is not None:
+                scores = scores.masked_fill(~key_mask, -math.inf)
+            self.attention = scores.softmax(-1)
+            x = F.dropout(self.attention, dropout) @ v              # (B, heads, N, d/heads)
+        else:                           # the same in one kernel, which keeps no weights
+            x = F.scaled_dot_product_attention(q, k, v, key_mask, dropout)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 class TransformerEncoderLayer(nn.Module):
-    """Self-attention among the cells, then a feed-forward network for each cell (paper: A.3). There
-    dropout comes before ReLU: the two commute, and the backward pass needs one tensor less."""
+    """Self-attention among the tokens, then a feed-forward network on each of them (paper: A.3)."""
 
     def __init__(self, d, heads, dim_feedforward, dropout):
         super().__init__()
@@ -233,11 +238,12 @@ class TransformerEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def feed_forward(self, x):
+        # (..., d). Dropout comes before ReLU: they commute, and backward keeps one tensor less.
         return self.dropout(self.linear2(self.dropout(self.linear1(x)).relu_()))
 
-    def forward(self, x, pos, attend):
+    def forward(self, x, pos, key_mask):
         q = k = x + pos                                             # (B, S, d)
-        x = self.norm1(x + self.dropout(self.self_attn(q, k, x, attend)))
+        x = self.norm1(x + self.dropout(self.self_attn(q, k, x, key_mask)))
         return self.norm2(x + self.feed_forward(x))
 
 class TransformerDecoderLayer(TransformerEncoderLayer):
@@ -249,10 +255,10 @@ class TransformerDecoderLayer(TransformerEncoderLayer):
         self.multihead_attn = MultiheadAttention(d, heads, dropout)
         self.norm3 = nn.LayerNorm(d)
 
-    def forward(self, x, queries, memory, memory_pos, attend):
+    def forward(self, x, queries, memory, memory_pos, key_mask):
         q = k = x + queries                                         # (B, N, d)
         x = self.norm1(x + self.dropout(self.self_attn(q, k, x)))
-        attended = self.multihead_attn(x + queries, memory_pos, memory, attend)
+        attended = self.multihead_attn(x + queries, memory_pos, memory, key_mask)   # (B, N, d)
         x = self.norm2(x + self.dropout(attended))
         return self.norm3(x + self.feed_forward(x))
 
@@ -270,20 +276,22 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, cells, pos, attend, queries, all_layers=True):
-        """cells (B, S, d), pos (B or 1, S, d), attend (B, 1, 1, S) bool or None, queries (N, d) to
-        all layers' outputs (L, B, N, d), or to the last one's, (1, B, N, d)."""
+    def forward(self, tokens, pos, key_mask, queries, all_layers=True):
+        """tokens (B, S, d), pos (B or 1, S, d), key_mask (B, 1, 1, S) or None, queries (N, d) to
+        the outputs of the decoder's layers, all or the last, (L or 1, B, N, d), and the memory."""
         for layer in self.encoder.layers:
-            cells = layer(cells, pos, attend)
-        memory = cells                                              # (B, S, d)
+            tokens = layer(tokens, pos, key_mask)
+        memory = tokens                                             # (B, S, d)
         memory_pos = memory + pos
         queries = queries.expand(len(memory), -1, -1)               # (B, N, d)
+        # The decoder starts from zeros: at first, only the learned queries tell its rows apart.
         x = torch.zeros_like(queries)
         outputs = []
         for layer in self.decoder.layers:
-            x = layer(x, queries, memory, memory_pos, attend)
+            x = layer(x, queries, memory, memory_pos, key_mask)
             outputs.append(x)
-        return self.decoder.norm(torch.stack(outputs if all_layers else outputs[-1:]))
+        outputs = torch.stack(outputs if all_layers else outputs[-1:])
+        return self.decoder.norm(outputs), memory                   # one norm for all layers (A.2)
 
 # ---- 5. DETR (3.2) -------------------------------------------------------------------------------
 class MLP(nn.Module):
@@ -300,8 +308,8 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 def pad_images(images):
-    """Images (3, h, w) of any sizes to one batch (B, 3, H, W), zeros right and below; and its mask
-    (B, H, W) bool, True on padding, or None if all are of one size."""
+    """Pad images (3, h, w) of any sizes with zeros, right and below, to a batch (B, 3, H, W).
+    Also returns its mask (B, H, W) bool, True on padding, or None if all sizes are equal."""
     heights, widths = zip(*(image.shape[1:] for image in images))
     batch = images[0].new_zeros(len(images), 3, max(heights), max(widths))
     mask = torch.ones_like(batch[:, 0], dtype=torch.bool)
@@ -313,9 +321,9 @@ def pad_images(images):
     return batch, mask
 
 class DETR(nn.Module):
-    """The detector (paper: 3.2, Fig. 2). `num_classes` counts object classes; "no object" is one
-    more, the last. `backbone` is a name of `RESNETS`, or a `ResNet`, which has its own dilation.
-    With `aux_loss` every decoder layer predicts (A.2). `nheads` and 4 divide `hidden_dim`."""
+    """The detector (paper: 3.2, Fig. 2). `num_classes` counts object classes; one more is "no
+    object", the last. `backbone` is a name in `RESNETS`, or a `ResNet`. With `aux_loss`, every
+    decoder layer predicts (A.2). `hidden_dim` must be divisible by `nheads` and by 4."""
 
     def __init__(self, num_classes=91, backbone="resnet50", dilation=False, hidden_dim=256,
                  nheads=8, enc_layers=6, dec_layers=6, dim_feedforward=2048, num_queries=100,
@@ -323,42 +331,49 @@ class DETR(nn.Module):
         super().__init__()
         if isinstance(backbone, str):
             backbone = ResNet(*RESNETS[backbone], dilation=dilation)
+        # backbone.0.body and backbone.1, as in the published checkpoints
         self.backbone = nn.ModuleList(
             [nn.ModuleDict({"body": backbone}), PositionEmbeddingSine(hidden_dim // 2)])
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, 1)
         self.transformer = Transformer(
             hidden_dim, nheads, enc_layers, dec_layers, dim_feedforward, dropout)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
-        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)   # all layers share the heads
         self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
         self.aux_loss = aux_loss
         self.classes = [f"class {label}" for label in range(num_classes)]
-        self.sizes = 800, 1333                                      # of images: see `fit`
+        self.sizes = 800, 1333                                      # of images: see `resized_size`
 
     def forward(self, images, mask=None):
         """images (B, 3, H, W), normalised, and mask (B, H, W) bool, True on padding, or None; or a
-        list of (3, h, w), padded here. Returns `pred_logits` (B, N, K + 1), `pred_boxes` (B, N, 4)
-        and with `aux_loss` `aux_outputs`, a list of such dicts of the earlier layers."""
+        list of (3, h, w), padded here. Returns `pred_logits` (B, N, K + 1), `pred_boxes` (B, N, 4);
+        with `aux_loss` also `aux_outputs`, a list of such dicts, one for each earlier layer, and
+        `memory` (B, S, d), the output of the encoder."""
         if isinstance(images, (list, tuple)):
             images, mask = pad_images(images)
         features = self.backbone[0].body(images)                    # (B, C, H', W')
-        valid = torch.ones_like(features[:1, 0], dtype=torch.bool)  # (1, H', W')
-        attend = None
-        if mask is not None:
-            valid = ~F.interpolate(mask[None].float(), valid.shape[1:])[0].bool()     # (B, H', W')
-            attend = valid.flatten(1)[:, None, None]                # (B, 1, 1, S)
-        full = torch.promote_types(features.dtype, torch.float32)   # under autocast, too
-        pos = self.backbone[1](valid, full)                         # (B or 1, S, d)
-        cells = self.input_proj(features).flatten(2).transpose(1, 2)            # (B, S, d)
-        x = self.transformer(cells, pos, attend, self.query_embed.weight, self.aux_loss)
-        logits = self.class_embed(x).to(full)                       # x (L, B, N, d) to (..., K + 1)
-        boxes = self.bbox_embed(x).to(full).sigmoid()               # (L, B, N, 4)
-        layers = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes)]
-        return layers[-1] | {"aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
+        valid = torch.ones_like(features[:1, 0], dtype=torch.bool)  # (1, H', W'): no padding
+        key_mask = None
+        if mask is not None:                                        # of pixels; the nearest counts
+            padding = F.interpolate(mask[None].float(), features.shape[2:])[0].bool()
+            valid = ~padding                                        # (B, H', W')
+            key_mask = valid.flatten(1)[:, None, None]              # (B, 1, 1, S)
+        # Features may have 16 bits; positions, logits and boxes are computed with at least 32.
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        pos = self.backbone[1](valid, dtype).to(self.query_embed.weight.dtype)      # (B or 1, S, d)
+        tokens = self.input_proj(features).flatten(2).transpose(1, 2)               # (B, S, d)
+        queries = self.query_embed.weight                           # (N, d)
+        x, memory = self.transformer(tokens, pos, key_mask, queries, self.aux_loss)
+        logits = self.class_embed(x).to(dtype)                      # (L, B, N, K + 1)
+        boxes = self.bbox_embed(x).to(dtype).sigmoid()              # (L, B, N, 4); L is 1 or all
+        *earlier, outputs = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes)]
+        if not self.aux_loss:
+            return outputs
+        return outputs | {"aux_outputs": earlier, "memory": memory}
 
 # ---- 6. Matching (3.1, Eq. 1) --------------------------------------------------------------------
 def pad_targets(targets):
-    """Labels (B, M) int64 and boxes (B, M, 4), padded to M objects, those of the fullest image."""
+    """Labels (B, M) int64 and boxes (B, M, 4), padded to M objects, the most in an image."""
     labels = pad_sequence([target["labels"].long() for target in targets], batch_first=True)
     boxes = pad_sequence([target["boxes"].view(-1, 4) for target in targets], batch_first=True)
     return labels, boxes
@@ -373,21 +388,22 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, outputs, targets):
-        """outputs as of `DETR`; targets: one dict an image, `labels` (M,) integers, `boxes` (M, 4).
-        Returns (query_indices, target_indices) for each image, on the CPU."""
+        """outputs as from `DETR`; targets: one dict per image, `labels` (M,) integers and `boxes`
+        (M, 4). Returns (query_indices, target_indices) for each image, on the CPU."""
         p = outputs["pred_logits"].softmax(-1)                      # (B, N, K + 1)
         boxes = outputs["pred_boxes"]                               # (B, N, 4)
-        labels, objects = pad_targets(targets)                      # (B, M), (B, M, 4)
-        objects = objects.to(boxes)
+        labels, true_boxes = pad_targets(targets)                   # (B, M), (B, M, 4)
+        true_boxes = true_boxes.to(boxes)
         # Eq. 1: the cost of a pair is  - p(class) + 5 |box - box|_1 - 2 GIoU(box, box)
+        # p, not log p as in the loss: it is commensurable with the terms of the boxes (3.1).
         p_class = p.gather(2, labels[:, None].expand(-1, p.shape[1], -1))       # (B, N, M)
-        l1 = torch.cdist(boxes, objects, p=1)
-        giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects))
-        cost = -self.cost_class * p_class + self.cost_bbox * l1 - self.cost_giou * giou
+        l1 = torch.cdist(boxes, true_boxes, p=1)
+        giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(true_boxes))
+        costs = -self.cost_class * p_class + self.cost_bbox * l1 - self.cost_giou * giou
         matches = []
-        for table, target in zip(cost.cpu(), targets):              # (N, M)
-            queries, indices = linear_sum_assignment(table[:, :len(target["labels"])])
-            matches.append((torch.as_tensor(queries), torch.as_tensor(indices)))
+        for cost, target in zip(costs.cpu(), targets):              # (N, M), padding cut off below
+            queries, objects = linear_sum_assignment(cost[:, :len(target["labels"])])
+            matches.append((torch.as_tensor(queries), torch.as_tensor(objects)))
         return matches
 
 # ---- 7. Loss (3.1, Eq. 2; A.2) -------------------------------------------------------------------
@@ -403,12 +419,8 @@ class SetCriterion(nn.Module):
 
     def forward(self, outputs, targets):
         """The losses of all decoder layers, unweighted: those of `layer_losses` for the last one,
-        `loss_ce_0` and so on for the earlier ones. ValueError for a label out of range."""
-        for b, target in enumerate(targets):
-            for label in target["labels"].tolist():
-                if not 0 <= label < self.num_classes:
-                    raise ValueError(f"image {b} of the batch: label {label} is not in 0 to "
-                                     f"{self.num_classes - 1}")
+        `loss_ce_0` and so on for the earlier ones. Raises ValueError if a target does not fit."""
+        self.check(outputs, targets)
         num_boxes = outputs["pred_boxes"].new_tensor(sum(len(t["labels"]) for t in targets))
         if self.training and dist.is_available() and dist.is_initialized():
             dist.all_reduce(num_boxes)                              # the mean over the processes
@@ -420,58 +432,80 @@ class SetCriterion(nn.Module):
                 losses[f"{name}_{i}"] = value
         return losses
 
+    def check(self, outputs, targets):
+        """Raise ValueError unless each image has a target, and each label a box, both valid."""
+        if len(targets) != len(outputs["pred_boxes"]):
+            raise ValueError(f"{len(outputs['pred_boxes'])} images, but {len(targets)} targets")
+        for b, target in enumerate(targets):
+            if target["boxes"].numel() != 4 * len(target["labels"]):
+                raise ValueError(f"image {b} of the batch: the numbers of labels and boxes differ")
+        labels, boxes = pad_targets(targets)
+        wrong = (labels < 0) | (labels >= self.num_classes) | ~(boxes[..., 2:] >= 0).all(-1)
+        for b, m in wrong.nonzero().tolist():                       # the only transfer
+            raise ValueError(f"image {b} of the batch: label {labels[b, m]} must be between 0 and "
+                             f"{self.num_classes - 1}, box {boxes[b, m].tolist()} cx, cy, w, h")
+
     def layer_losses(self, outputs, targets, num_boxes):
-        """One layer's `loss_ce`, `loss_bbox`, `loss_giou`, `class_error` (percent of the matched)
-        and `cardinality_error` (objects); `num_boxes` is the mean number over processes."""
+        """One layer's `loss_ce`, `loss_bbox` and `loss_giou` (sums over boxes, by `num_boxes`),
+        `class_error` (percentage of matched queries with the wrong class) and `cardinality_error`
+        (how many objects too many or too few)."""
         logits = outputs["pred_logits"]                             # (B, N, K + 1)
 
-        # The P matched pairs: an image, a query of it, and an object's index in it, (P,) each.
-        pairs = [(torch.full_like(queries, b), queries, indices)
-                 for b, (queries, indices) in enumerate(self.matcher(outputs, targets))]
-        image, query, index = (torch.cat(part).to(logits.device) for part in zip(*pairs))
+        # The P matched pairs: an image, a query of it, and one of its objects, (P,) each.
+        pairs = [(torch.full_like(queries, b), queries, objects)
+                 for b, (queries, objects) in enumerate(self.matcher(outputs, targets))]
+        image_index, query_index, object_index = (
+            torch.cat(indices).to(logits.device) for indices in zip(*pairs))
         labels, boxes = pad_targets(targets)
-        labels = labels[image, index]                               # (P,)
-        boxes = boxes[image, index].to(logits)                      # (P, 4)
+        labels = labels[image_index, object_index]                  # (P,)
+        boxes = boxes[image_index, object_index].to(logits)         # (P, 4)
 
-        # Eq. 2, first term: over all queries  - log p(class)
+        # Eq. 2, first term: - log p(class) of every query. Most of them are to predict "no object",
+        # so it weighs 0.1 (3.1); cross_entropy divides by the sum of the weights, not by B N.
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-        classes[image, query] = labels                              # (B, N), elsewhere "no object"
+        classes[image_index, query_index] = labels                  # (B, N)
         weight = self.class_weight.to(logits)
         losses = {"loss_ce": F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight)}
 
-        # Eq. 2, second term: over the matched ones  L_box, which is L1 and GIoU (A.2)
-        predicted_boxes = outputs["pred_boxes"][image, query]       # (P, 4)
-        losses["loss_bbox"] = (predicted_boxes - boxes).abs().sum() / num_boxes
-        corners = box_cxcywh_to_xyxy(torch.stack((predicted_boxes, boxes)))     # (2, P, 4)
-        giou = generalized_box_iou(*corners[:, :, None])            # (P, 1, 1): each pair alone
+        # Eq. 2, second term: L_box of every matched query, which is L1 and GIoU (A.2).
+        predicted = outputs["pred_boxes"][image_index, query_index]             # (P, 4)
+        losses["loss_bbox"] = (predicted - boxes).abs().sum() / num_boxes
+        corners = box_cxcywh_to_xyxy(predicted)[:, None]            # (P, 1, 4)
+        giou = generalized_box_iou(corners, box_cxcywh_to_xyxy(boxes)[:, None])     # (P, 1, 1)
         losses["loss_giou"] = (1 - giou).sum() / num_boxes
 
-        # Two errors to watch, without a gradient.
-        predicted = logits.argmax(-1)                               # (B, N)
-        right = (predicted[image, query] == labels).to(logits)      # (P,)
+        # Two metrics for the log; neither has a gradient.
+        best = logits.argmax(-1)                                    # (B, N)
+        right = (best[image_index, query_index] == labels).to(logits)           # (P,)
         losses["class_error"] = 100 - 100 * right.sum() / max(1, len(right))
         counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
-        too_many = (predicted != self.num_classes).sum(1) - counts  # (B,)
+        too_many = (best != self.num_classes).sum(1) - counts       # (B,)
         losses["cardinality_error"] = too_many.abs().to(logits).mean()
         return losses
 
     def total(self, losses):
         """The training loss: the sum of the losses of all layers, weighted 1, 5 and 2."""
-        return sum(weight * value for loss, weight in self.loss_weights.items()
-                   for name, value in losses.items() if name.startswith(loss))
+        total = 0
+        for name, value in losses.items():
+            for loss, weight in self.loss_weights.items():
+                if name.startswith(loss):                           # loss_ce_0 weighs as loss_ce
+                    total = total + weight * value
+        return total
 
 # ---- 8. Use --------------------------------------------------------------------------------------
 def post_process(outputs, sizes):
-    """Predictions in pixels of the images, sizes (B, 2) h, w: one dict an image with `scores` (N,),
-    `labels` (N,), the best class but "no object", `boxes` (N, 4) x0 y0 x1 y1."""
-    scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)       # (B, N) each
+    """Predictions in pixels, for images of `sizes` (B, 2), h and w. One dict per image: `scores`
+    (N,), `labels` (N,), the best class other than "no object", `boxes` (N, 4) x0 y0 x1 y1."""
+    p = outputs["pred_logits"].softmax(-1)                          # (B, N, K + 1)
+    scores, labels = p[..., :-1].max(-1)                            # (B, N), "no object" left out
     h, w = torch.as_tensor(sizes, device=scores.device).unbind(1)
     boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"]) * torch.stack((w, h, w, h), dim=1)[:, None]
     return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
 
-def fit(height, width, size, max_size):
-    """The (height, width) to resize to (paper: 4): the shorter side becomes `size`, or less, if the
-    longer one were over `max_size`. If that is None, it is `size`, a number or a pair."""
+def resized_size(height, width, size, max_size):
+    """The (height, width) to resize an image to (paper: 4). The shorter side becomes `size`, unless
+    the longer one would exceed `max_size`; then the longer side becomes `max_size`. If `max_size`
+    is None, the result is `size`: one side of a square, or (height, width)."""
     if max_size is None:
         return (size, size) if isinstance(size, int) else tuple(size)
     short, long = sorted((height, width))
@@ -486,26 +520,34 @@ def normalize(image):
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=-3)
 
 def to_tensor(image):
-    """A PIL image, RGB, to a tensor (3, h, w) uint8. TypeError if it is anything else."""
+    """An RGB PIL image as a tensor (3, h, w) uint8, or such a tensor as it is, else TypeError."""
+    if torch.is_tensor(image) and image.dim() == 3 and len(image) == 3:
+        return image
     if getattr(image, "mode", None) != "RGB":
-        raise TypeError(f"{image!r} is no RGB image: open it by infer.open_image(path)")
+        raise TypeError(f"{getattr(image, 'shape', image)!r} is neither an RGB image nor a tensor "
+                        "(3, h, w): open files with infer.open_image(path)")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 @torch.no_grad()
 def detect(model, images, threshold=0.7):
     """Find the objects (paper: Listing 1) in one or a list of RGB images, PIL or tensors (3, h, w),
-    uint8 or float in [0, 1]. Returns one dict an image, the best first, with `scores` (n,) above
-    `threshold`, `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 pixels, `names`, `queries` (n,) indices.
-    TypeError for what is no image."""
+    uint8 or float in [0, 1]. Returns one dict per image, the best detection first: `scores` (n,)
+    above `threshold`, `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 in pixels, `names`, and `queries`
+    (n,), their indices. The model works in eval mode. Raises TypeError for anything else."""
     images = images if isinstance(images, (list, tuple)) else [images]
-    images = [image if torch.is_tensor(image) else to_tensor(image) for image in images]
+    images = [to_tensor(image) for image in images]
+    weight = model.query_embed.weight
     inputs = []
     for image in images:
-        size = fit(*image.shape[1:], *model.sizes)
+        size = resized_size(*image.shape[1:], *model.sizes)
         resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        inputs.append(normalize(resized.to(model.query_embed.weight.device)))
-    results = post_process(model(inputs), [image.shape[1:] for image in images])
+        inputs.append(normalize(resized.to(weight.device)).to(weight.dtype))
+    training = model.training
+    model.eval()
+    outputs = model(inputs)
+    model.train(training)
+    results = post_process(outputs, [image.shape[1:] for image in images])
     for result in results:
         scores, queries = result["scores"].sort(descending=True)
         queries = queries[scores > threshold]
@@ -515,11 +557,12 @@ def detect(model, images, threshold=0.7):
         result["names"] = [model.classes[label] for label in result["labels"].tolist()]
     return results
 
+# ---- 9. Checkpoint files (not in the paper) ------------------------------------------------------
 def read_checkpoint(source):
-    """A file, or one of the zoo, which is fetched once, as {"model": state_dict, "config": dict,
-    ...}. Code in it is never run. OSError if it cannot be fetched, ValueError if not read."""
+    """Load a checkpoint file, or a model of the zoo (downloaded on first use), as {"model": ...,
+    "config": ..., ...}, without running any code in it. Raises OSError or ValueError."""
     path = pathlib.Path(source)
-    if source == "demo":        # in a clone beside this file, else installed with it
+    if source == "demo":        # in the folder assets of a clone, detr_mini_assets if installed
         path = next(pathlib.Path(__file__).parent.glob("*assets/demo.pth"), path)
     elif source in ZOO:
         path = pathlib.Path(torch.hub.get_dir(), "checkpoints", ZOO[source])
@@ -528,11 +571,13 @@ def read_checkpoint(source):
             if not path.exists():
                 torch.hub.download_url_to_file(ZOO_URL + path.name, path, path.stem.split("-")[-1])
         except (OSError, RuntimeError) as error:
-            raise OSError(f"{error}: fetch {ZOO_URL + path.name} by hand, to {path}") from error
+            raise OSError(f"could not download {ZOO_URL + path.name} ({error}): download it "
+                          f"yourself and save it as {path}") from error
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: give a file, demo, or {', '.join(ZOO)}")
+        raise FileNotFoundError(f"no checkpoint {path}: name a file, demo, or {', '.join(ZOO)}")
 
-    # What other programs write: arguments with paths, other names, a prefix before every weight.
+    # Other programs save their options and paths (pathlib._local since Python 3.13), use other
+    # names (hyper_parameters: Lightning), and put a prefix before those of the weights.
     paths = [(pathlib.PurePosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")]
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *paths]):
@@ -543,38 +588,39 @@ def read_checkpoint(source):
         prefix = next((key for key in state if key.endswith("query_embed.weight")), "")
         prefix = prefix.removesuffix("query_embed.weight")
         state = {key.removeprefix(prefix): value for key, value in state.items()
-                 if not key.endswith("num_batches_tracked")}        # a frozen norm counts nothing
+                 if not key.endswith("num_batches_tracked")}        # frozen norms have no counter
     except Exception as error:
-        raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}): truncated, "
+        raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): truncated, "
                          "or with code, which is never run; download or save it again") from error
     return {**file, "model": state, "config": {"dilation": "-dc5" in path.name, **config}}
 
 def load_detr(source, num_classes=None, device="cpu"):
     """A DETR in eval mode, with `.classes`, the names by label. The architecture is read from the
-    weights; the rest from the file, else it is 8 heads, no dilation, size 800, COCO's classes.
-    Unless the weights have `num_classes`, the class head is new. ValueError names what is wrong."""
+    weights; the rest from the file, by default 8 heads, no dilation, size 800, COCO's classes. If
+    `num_classes` is another, the class head is new. Raises ValueError if the weights do not fit."""
     checkpoint = read_checkpoint(source)
     state, config = checkpoint["model"], checkpoint["config"]
     body = "backbone.0.body."
-    def depth(prefix):
+    def count(prefix):
         return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
     try:
-        width = len(state["input_proj.bias"])
-        if num_classes is not None and len(state.get("class_embed.bias", ())) != num_classes + 1:
-            head = nn.Linear(width, num_classes + 1)
-            state |= {"class_embed.weight": head.weight, "class_embed.bias": head.bias}
+        if num_classes is None:
+            num_classes = len(state["class_embed.bias"]) - 1
         block = Bottleneck if body + "layer1.0.conv3.weight" in state else BasicBlock
-        layers = [depth(f"{body}layer{i + 1}.") for i in range(depth(body + "layer"))]
+        layers = [count(f"{body}layer{i + 1}.") for i in range(count(body + "layer"))]
         model = DETR(
-            num_classes=len(state["class_embed.bias"]) - 1,
+            num_classes,
             backbone=ResNet(block, layers, len(state[body + "bn1.bias"]), config["dilation"]),
-            hidden_dim=width,
+            hidden_dim=len(state["input_proj.bias"]),
             nheads=config.get("nheads", 8),
-            enc_layers=depth("transformer.encoder.layers."),
-            dec_layers=depth("transformer.decoder.layers."),
+            enc_layers=count("transformer.encoder.layers."),
+            dec_layers=count("transformer.decoder.layers."),
             dim_feedforward=len(state["transformer.decoder.layers.0.linear1.bias"]),
             num_queries=len(state["query_embed.weight"]),
             dropout=config.get("dropout", 0.1))
+        if len(state.get("class_embed.bias", ())) != num_classes + 1:
+            state["class_embed.weight"] = model.class_embed.weight
+            state["class_embed.bias"] = model.class_embed.bias
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{source} holds no DETR that can be loaded: {error}") from error
@@ -592,7 +638,7 @@ ZOO = {
     "detr_resnet101_dc5": "detr-r101-dc5-a2e86def.pth",
 }
 
-# Names by COCO's category id, the published models' label; ids that COCO never used are "N/A".
+# Names by COCO's category id, which is the label of the published models; "N/A" was never used.
 COCO_CLASSES = (
     "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
     "N/A,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
