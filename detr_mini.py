@@ -440,8 +440,9 @@ class SetCriterion(nn.Module):
             if target["boxes"].numel() != 4 * len(target["labels"]):
                 raise ValueError(f"image {b} of the batch: the numbers of labels and boxes differ")
         labels, boxes = pad_targets(targets)
-        wrong = (labels < 0) | (labels >= self.num_classes) | ~(boxes[..., 2:] >= 0).all(-1)
-        for b, m in wrong.nonzero().tolist():                       # the only transfer
+        valid = (labels >= 0) & (labels < self.num_classes)         # (B, M)
+        valid &= boxes.isfinite().all(-1) & (boxes[..., 2:] >= 0).all(-1)
+        for b, m in (~valid).nonzero().tolist():                    # the only transfer
             raise ValueError(f"image {b} of the batch: label {labels[b, m]} must be between 0 and "
                              f"{self.num_classes - 1}, box {boxes[b, m].tolist()} cx, cy, w, h")
 
@@ -543,10 +544,13 @@ def detect(model, images, threshold=0.7):
         size = resized_size(*image.shape[1:], *model.sizes)
         resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         inputs.append(normalize(resized.to(weight.device)).to(weight.dtype))
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    outputs = model(inputs)
-    model.train(training)
+    try:
+        outputs = model(inputs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
     results = post_process(outputs, [image.shape[1:] for image in images])
     for result in results:
         scores, queries = result["scores"].sort(descending=True)
