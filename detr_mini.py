@@ -627,7 +627,7 @@ def load_detr(source, num_classes=None, device="cpu"):
             state["class_embed.bias"] = model.class_embed.bias
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{source} holds no DETR that can be loaded: {error}") from error
+        raise ValueError(f"cannot build a DETR from {source}: missing or wrong: {error}") from error
     names = checkpoint.get("classes", COCO_CLASSES)
     if len(names) == len(model.classes):
         model.classes = list(names)

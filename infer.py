@@ -248,7 +248,7 @@ def main(argv=None):
     add("--device", default="auto", help="cuda, mps, cpu, or auto for the best (default)")
     args = parser.parse_args(argv)
     args.weights = args.weights or ("detr_resnet50" if args.images else "demo")
-    args.images = args.images or sorted(map(str, Path(__file__).parent.glob("*assets/*.jpg")))
+    args.images = args.images or sorted(map(str, Path(__file__).parent.glob("*assets/Blood*.jpg")))
     warnings.filterwarnings("ignore", module="PIL|torch")
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")     # for any file's name

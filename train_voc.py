@@ -74,8 +74,7 @@ def run(args):
     if args.eval:
         losses, ap = evaluate(model, criterion, loaders["val"], args)
         per_class = zip(model.classes, ap.pop("AP50_per_class"))
-        numbers = {"loss": losses["loss"], **ap}
-        log(*(f"{name} {value:.3f} " for name, value in numbers.items()))
+        log(f"loss {losses['loss']:.3f} ", *(f"{name} {value:.3f} " for name, value in ap.items()))
         log("AP50: ", *(f"{name} {value:.3f} " for name, value in per_class if value >= 0))
     else:
         train(model, criterion, loaders["train"], loaders["val"], args)
@@ -268,7 +267,7 @@ def save_run(model, state, history, args):
               "dilation": model.backbone[0].body.dilation,
               "size": model.sizes[0], "max_size": model.sizes[1]}
     about = {"epoch": len(history) - 1, "classes": model.classes, "config": config}
-    # The best at its size: AP on half-size images says nothing about AP on those of full size.
+    # The best of the epochs at this size: AP at half size does not compare with AP at full size.
     aps = [entry["test_coco_eval_bbox"][0] for entry in history
            if "test_loss" in entry and entry["size"] == model.sizes[0]]
     if "test_loss" in history[-1] and aps[-1] == max(aps):
@@ -320,7 +319,8 @@ def parse(argv):
     add = parser.add_argument
     add("--data", type=os.path.abspath, metavar="DIR", help="images and VOC XML files, or a "
         "VOCdevkit (default: data/VOCdevkit, downloaded if missing: 2 GB)")
-    add("--train", nargs="+", metavar="[A/]NAME", help="sets: lists or folders (default: train)")
+    add("--train", nargs="+", metavar="[A/]NAME", help="sets to train on: names of lists or "
+        "folders, optionally inside folder A (default: train)")
     add("--val", nargs="+", metavar="[A/]NAME", help="sets to evaluate on (default: val)")
     add("--model", default="detr_resnet50", metavar="NAME|FILE", help="start from a model of the "
         "zoo, a checkpoint file, or tiny, a small detector from scratch (default: %(default)s)")
@@ -328,7 +328,8 @@ def parse(argv):
         "GPU; not for models of one fixed size, such as tiny (default: the model's, 800)")
     add("--epochs", type=int, help=f"default: {FINE_TUNE['epochs']}; tiny: {TINY['epochs']}")
     add("--batch-size", type=int, metavar="N", help="images per step (default: 16; tiny: 8)")
-    add("--accumulate", type=int, default=1, metavar="N", help="parts of a step, to save memory")
+    add("--accumulate", type=int, default=1, metavar="N", help="split each step into N parts to "
+        "save memory (default: 1)")
     add("--lr", type=float, help=f"learning rate (default: {FINE_TUNE['lr']}; tiny: {TINY['lr']})")
     add("--count-difficult", action="store_true", help="count difficult objects when evaluating")
     add("--output", type=Path, default="outputs", metavar="DIR", help="default: %(default)s")
@@ -385,7 +386,7 @@ TINY = FINE_TUNE | dict(    # 2.2 M parameters from scratch, on a CPU
     lr=6e-4,
     lr_backbone=1,
     rate=lambda done: min(0.05 + 60 * done, 1, 1.5 - 1.5 * done),       # warm-up, ..., down to 0
-    eos_coef=0.5,           # against duplicates: two queries on one object score at most 2/3 each
+    eos_coef=0.5,           # against duplicates: two queries that share an object score 2/3 at most
     encoder_loss=True,
     evaluate_every=10,
 )
@@ -399,8 +400,8 @@ def tiny(num_classes):
     return model
 
 def tiny_sizes(epoch, epochs):
-    """What changes in a run, once: its first 40 epochs, or the first third of a short run, have
-    images of half the size. A best.pth of that part says so, and infers at half the size."""
+    """The one thing that changes during a run: for the first 40 epochs, or the first third of a
+    short run, images have half the size. A best.pth from that part infers at that size."""
     return (96, 128) if epoch < min(40, epochs / 3) else (192, 256), None
 
 def tiny_augmentation(height, width):
@@ -424,34 +425,29 @@ def encoder_losses(model, memory, image_size, targets):
     outputs = {"pred_logits": model.class_embed(memory),
                "pred_boxes": model.bbox_embed(memory).sigmoid()}
     stride = model.backbone[0].body.stride
-    matcher = LocationMatcher(*(math.ceil(side / stride) for side in image_size))
+    matcher = partial(match_locations, *(math.ceil(side / stride) for side in image_size))
     criterion = SetCriterion(len(model.classes), matcher, eos_coef=1)
     pairs = sum(len(locations) for locations, _ in matcher(outputs, targets))
     losses = criterion.layer_losses(outputs, targets, max(1, pairs))
     return {f"{name}_enc": losses[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
 
-class LocationMatcher:
-    """Matches each location of the feature map to the object in whose box its centre lies; if it
-    lies in several, to the one whose centre is nearest, measured in sizes of the box. An object
-    that contains no centre gets the nearest location."""
-
-    def __init__(self, height, width):
-        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-        self.centres = torch.stack((x.flatten() / width, y.flatten() / height), dim=1)  # (S, 2)
-
-    def __call__(self, outputs, targets):
-        """As `HungarianMatcher`, (location_indices, target_indices) for each image."""
-        matches = []
-        for target in targets:
-            boxes = target["boxes"].cpu().view(-1, 4)
-            offset = (self.centres[:, None] - boxes[:, :2]).abs() / boxes[:, 2:]        # (S, M, 2)
-            distance = offset.amax(-1)                          # (S, M), below 1/2 inside the box
-            distance[distance.argmin(0), torch.arange(len(boxes))] = 0
-            distance = nn.functional.pad(distance, (0, 1), value=0.5)   # no object: the last
-            nearest = distance.argmin(1)                        # (S,)
-            locations = (nearest < len(boxes)).nonzero()[:, 0]
-            matches.append((locations, nearest[locations]))
-        return matches
+def match_locations(height, width, outputs, targets):
+    """Match each location of the feature map to the object in whose box its centre lies; if it lies
+    in several, to the one whose centre is nearest, measured in sizes of the box. An object that
+    contains no centre gets the nearest location. Returns what `HungarianMatcher` returns."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    centres = torch.stack((x.flatten() / width, y.flatten() / height), dim=1)   # (S, 2)
+    matches = []
+    for target in targets:
+        boxes = target["boxes"].cpu().view(-1, 4)
+        offset = (centres[:, None] - boxes[:, :2]).abs() / boxes[:, 2:]         # (S, M, 2)
+        distance = offset.amax(-1)                              # (S, M), below 1/2 inside the box
+        distance[distance.argmin(0), torch.arange(len(boxes))] = 0
+        distance = nn.functional.pad(distance, (0, 1), value=0.5)       # no object: the last
+        nearest = distance.argmin(1)                            # (S,)
+        locations = (nearest < len(boxes)).nonzero()[:, 0]
+        matches.append((locations, nearest[locations]))
+    return matches
 
 # ==== Appendix: a folder of images with XML (what a data set library would do) ====================
 COCO_NAMES = {              # VOC's classes that have another name in COCO
@@ -489,7 +485,8 @@ def load_data(args):
 
     unused = len(images.keys() - xmls.keys())
     if alone or unused:
-        notes.append(f"passed over: {unused} images without XML, {len(alone)} XML without an image")
+        notes.append(f"skipped: {unused} images without an XML file, {len(alone)} XML files "
+                     "without an image")
     both = set(sets.get("train", [])) & set(sets["val"])
     if both:
         notes.append(f"note: {len(both)} images are in both train and val, such as {min(both)[-1]}")
@@ -510,7 +507,7 @@ def fetch_voc(name):
 
 def find_files(data):
     """XML files and images below `data`, each as {key: [Path]}, and the lists of sets, {name:
-    [Path]}. Hidden files and folders are passed over; links are followed, each folder once."""
+    [Path]}. Skips hidden files and folders; follows links, but reads each folder only once."""
     xmls, images, lists = defaultdict(list), defaultdict(list), defaultdict(list)
     seen = set()
     for root, folders, files in os.walk(data, followlinks=True):
@@ -592,7 +589,7 @@ def read_record(k, xmls, images):
     files = [*xmls.get(k, []), *images.get(k, [])]
     try:
         if len(xmls.get(k, [])) != 1 or len(images.get(k, [])) != 1:
-            raise ValueError(f"there must be one XML file and one image {k[-1]} in this folder, or "
+            raise ValueError(f"there must be one XML file and one image {k[-1]}, in one folder or "
                              "in folders that differ only in names such as images and labels")
         xml, path = files
         root = read_xml(xml)
@@ -796,8 +793,7 @@ def draw_curves(history):
     return figure
 
 def progress(title, items, count):
-    """Yield the items, and say how many are done and how long the rest will take: in a terminal on
-    one line, otherwise once per minute."""
+    """Yield the items, and print progress: in a terminal on one line, otherwise every minute."""
     terminal = sys.stderr.isatty()
     start = shown = time.monotonic()
     for done, item in enumerate(items, 1):
