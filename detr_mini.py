@@ -422,7 +422,7 @@ class SetCriterion(nn.Module):
         `loss_ce_0` and so on for the earlier ones. Raises ValueError if a target does not fit."""
         self.check(outputs, targets)
         num_boxes = outputs["pred_boxes"].new_tensor(sum(len(t["labels"]) for t in targets))
-        if self.training and dist.is_available() and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.all_reduce(num_boxes)                              # the mean over the processes
             num_boxes /= dist.get_world_size()
         num_boxes = num_boxes.clamp(min=1)

@@ -207,7 +207,6 @@ def train(model, criterion, loader, val_loader, args):
 def train_one_epoch(model, criterion, optimizer, scaler, loader, title, args):
     """One pass over the training images; returns the averages of the losses."""
     model.train()
-    criterion.train()
     steps = []
     for batch in progress(title, loader, len(loader)):
         size = math.ceil(len(batch) / args.accumulate)      # images at a time
@@ -233,7 +232,7 @@ def forward(model, criterion, batch, args):
     with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
         outputs = model(images)
     losses = criterion(outputs, targets)
-    if criterion.training and args.encoder_loss:
+    if model.training and args.encoder_loss:
         network = getattr(model, "module", model)       # what DistributedDataParallel wraps
         losses |= encoder_losses(network, outputs["memory"], images[0].shape[1:], targets)
     return outputs, losses | {"loss": criterion.total(losses)}
@@ -243,7 +242,6 @@ def forward(model, criterion, batch, args):
 def evaluate(model, criterion, loader, args):
     """The averages of the losses, and COCO's AP, over the images of all processes."""
     model.eval()
-    criterion.eval()
     steps, results = [], []
     for batch in progress("evaluate", loader, len(loader)):
         outputs, losses = forward(model, criterion, batch, args)
