@@ -120,7 +120,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Images (B, 3, H, W) to features (B, num_channels, H/stride, W/stride), rounded up. `layers`
     is the number of blocks in each stage: four stages have stride 32, three have stride 16.
-    `dilation` (DC5) replaces the stride of the last stage."""
+    `dilation` (DC5; paper: 4) replaces the stride of the last stage."""
 
     def __init__(self, block, layers, width=64, dilation=False, norm=FrozenBatchNorm2d):
         super().__init__()
@@ -135,6 +135,7 @@ class ResNet(nn.Module):
             stride = 1 if i == 0 or dilated else 2
             channels = width * 2**i
             out_channels = channels * block.expansion
+            # As in torchvision, only the later blocks of a dilated stage dilate.
             blocks = [block(self.num_channels, channels, stride, 1, norm)]
             if stride != 1 or self.num_channels != out_channels:
                 conv = nn.Conv2d(self.num_channels, out_channels, 1, stride, bias=False)
@@ -147,7 +148,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if norm is FrozenBatchNorm2d:   # from ImageNet, whose first features serve any image
+        if norm is FrozenBatchNorm2d:   # the first stage stays as loaded, as in the reference
             self.conv1.requires_grad_(False)
             self.layer1.requires_grad_(False)
 
@@ -187,7 +188,7 @@ class PositionEmbeddingSine(nn.Module):
         """valid (B, H', W') bool, False on padding, to (B, S, 2 * channels_per_axis)."""
         rows = valid.cumsum(1, dtype=dtype)                         # (B, H', W')
         columns = valid.cumsum(2, dtype=dtype)
-        # Scaled by the last count; 1e-6, as a column or row of padding alone counts to 0.
+        # The last count scales to 2 pi. Rows or columns of pure padding count to 0, hence 1e-6.
         rows = rows / (rows[:, -1:] + 1e-6) * 2 * math.pi
         columns = columns / (columns[:, :, -1:] + 1e-6) * 2 * math.pi
         return torch.cat((self.encode(rows), self.encode(columns)), dim=3).flatten(1, 2)
@@ -238,7 +239,7 @@ class TransformerEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def feed_forward(self, x):
-        # (..., d). Dropout comes before ReLU: they commute, and backward keeps one tensor less.
+        # (..., d). Dropout before ReLU: they commute, and backward keeps one tensor fewer.
         return self.dropout(self.linear2(self.dropout(self.linear1(x)).relu_()))
 
     def forward(self, x, pos, key_mask):
@@ -247,7 +248,7 @@ class TransformerEncoderLayer(nn.Module):
         return self.norm2(x + self.feed_forward(x))
 
 class TransformerDecoderLayer(TransformerEncoderLayer):
-    """Self-attention among the queries, cross-attention to the memory, a feed-forward network. The
+    """Self-attention among queries, cross-attention to the memory, then a feed-forward network. The
     learned queries are added like positions: to q and k, and to q of the cross-attention (A.3)."""
 
     def __init__(self, d, heads, dim_feedforward, dropout):
@@ -291,7 +292,7 @@ class Transformer(nn.Module):
             x = layer(x, queries, memory, memory_pos, key_mask)
             outputs.append(x)
         outputs = torch.stack(outputs if all_layers else outputs[-1:])
-        return self.decoder.norm(outputs), memory                   # one norm for all layers (A.2)
+        return self.decoder.norm(outputs), memory                   # one norm for all layers (3.2)
 
 # ---- 5. DETR (3.2) -------------------------------------------------------------------------------
 class MLP(nn.Module):
@@ -321,9 +322,9 @@ def pad_images(images):
     return batch, mask
 
 class DETR(nn.Module):
-    """The detector (paper: 3.2, Fig. 2). `num_classes` counts object classes; one more is "no
-    object", the last. `backbone` is a name in `RESNETS`, or a `ResNet`. With `aux_loss`, every
-    decoder layer predicts (A.2). `hidden_dim` must be divisible by `nheads` and by 4."""
+    """The detector (paper: 3.2, Fig. 2). `num_classes` counts object classes; "no object" follows
+    as the last class. `backbone` is a name in `RESNETS`, or a module such as `ResNet`. With
+    `aux_loss`, every decoder layer predicts (3.2). `nheads` and 4 must divide `hidden_dim`."""
 
     def __init__(self, num_classes=91, backbone="resnet50", dilation=False, hidden_dim=256,
                  nheads=8, enc_layers=6, dec_layers=6, dim_feedforward=2048, num_queries=100,
@@ -354,11 +355,11 @@ class DETR(nn.Module):
         features = self.backbone[0].body(images)                    # (B, C, H', W')
         valid = torch.ones_like(features[:1, 0], dtype=torch.bool)  # (1, H', W'): no padding
         key_mask = None
-        if mask is not None:                                        # of pixels; the nearest counts
+        if mask is not None:                                        # from pixels to locations
             padding = F.interpolate(mask[None].float(), features.shape[2:])[0].bool()
             valid = ~padding                                        # (B, H', W')
             key_mask = valid.flatten(1)[:, None, None]              # (B, 1, 1, S)
-        # Features may have 16 bits; positions, logits and boxes are computed with at least 32.
+        # Features may have 16 bits; positions, sigmoid, softmax and losses use at least 32.
         dtype = torch.promote_types(features.dtype, torch.float32)
         pos = self.backbone[1](valid, dtype).to(self.query_embed.weight.dtype)      # (B or 1, S, d)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)               # (B, S, d)
@@ -389,7 +390,8 @@ class HungarianMatcher:
     @torch.no_grad()
     def __call__(self, outputs, targets):
         """outputs as from `DETR`; targets: one dict per image, `labels` (M,) integers and `boxes`
-        (M, 4). Returns (query_indices, target_indices) for each image, on the CPU."""
+        (M, 4) cx, cy, w, h in [0, 1]. Returns (query_indices, target_indices) for each image, on
+        the CPU."""
         p = outputs["pred_logits"].softmax(-1)                      # (B, N, K + 1)
         boxes = outputs["pred_boxes"]                               # (B, N, 4)
         labels, true_boxes = pad_targets(targets)                   # (B, M), (B, M, 4)
@@ -402,8 +404,8 @@ class HungarianMatcher:
         costs = -self.cost_class * p_class + self.cost_bbox * l1 - self.cost_giou * giou
         matches = []
         for cost, target in zip(costs.cpu(), targets):              # (N, M), padding cut off below
-            queries, objects = linear_sum_assignment(cost[:, :len(target["labels"])])
-            matches.append((torch.as_tensor(queries), torch.as_tensor(objects)))
+            pairs = linear_sum_assignment(cost[:, :len(target["labels"])])
+            matches.append(tuple(map(torch.as_tensor, pairs)))
         return matches
 
 # ---- 7. Loss (3.1, Eq. 2; A.2) -------------------------------------------------------------------
@@ -423,7 +425,7 @@ class SetCriterion(nn.Module):
         self.check(outputs, targets)
         num_boxes = outputs["pred_boxes"].new_tensor(sum(len(t["labels"]) for t in targets))
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(num_boxes)                              # the mean over the processes
+            dist.all_reduce(num_boxes)                              # the mean over processes (A.2)
             num_boxes /= dist.get_world_size()
         num_boxes = num_boxes.clamp(min=1)
         losses = self.layer_losses(outputs, targets, num_boxes)
@@ -433,7 +435,7 @@ class SetCriterion(nn.Module):
         return losses
 
     def check(self, outputs, targets):
-        """Raise ValueError unless each image has a target, and each label a box, both valid."""
+        """Raise ValueError unless each image has a target with one box per label, all valid."""
         if len(targets) != len(outputs["pred_boxes"]):
             raise ValueError(f"{len(outputs['pred_boxes'])} images, but {len(targets)} targets")
         for b, target in enumerate(targets):
@@ -441,28 +443,29 @@ class SetCriterion(nn.Module):
                 raise ValueError(f"image {b} of the batch: the numbers of labels and boxes differ")
         labels, boxes = pad_targets(targets)
         valid = (labels >= 0) & (labels < self.num_classes)         # (B, M)
-        valid &= boxes.isfinite().all(-1) & (boxes[..., 2:] >= 0).all(-1)
-        for b, m in (~valid).nonzero().tolist():                    # the only transfer
-            raise ValueError(f"image {b} of the batch: label {labels[b, m]} must be between 0 and "
-                             f"{self.num_classes - 1}, box {boxes[b, m].tolist()} cx, cy, w, h")
+        valid &= (boxes.abs() <= 2).all(-1) & (boxes[..., 2:] >= 0).all(-1)     # pixels are not
+        for b, m in (~valid).nonzero().tolist():                    # one transfer to the CPU
+            raise ValueError(f"image {b} of the batch, object {m}: label {labels[b, m]} (must be 0 "
+                             f"to {self.num_classes - 1}) or box {boxes[b, m].tolist()} (must be "
+                             "cx, cy, w, h in [0, 1]) is invalid")
 
     def layer_losses(self, outputs, targets, num_boxes):
-        """One layer's `loss_ce`, `loss_bbox` and `loss_giou` (sums over boxes, by `num_boxes`),
+        """One layer's `loss_ce`, `loss_bbox` and `loss_giou` (both divided by `num_boxes`),
         `class_error` (percentage of matched queries with the wrong class) and `cardinality_error`
         (how many objects too many or too few)."""
         logits = outputs["pred_logits"]                             # (B, N, K + 1)
 
         # The P matched pairs: an image, a query of it, and one of its objects, (P,) each.
-        pairs = [(torch.full_like(queries, b), queries, objects)
-                 for b, (queries, objects) in enumerate(self.matcher(outputs, targets))]
+        pairs = [(torch.full_like(query_index, b), query_index, object_index) for
+                 b, (query_index, object_index) in enumerate(self.matcher(outputs, targets))]
         image_index, query_index, object_index = (
             torch.cat(indices).to(logits.device) for indices in zip(*pairs))
         labels, boxes = pad_targets(targets)
         labels = labels[image_index, object_index]                  # (P,)
         boxes = boxes[image_index, object_index].to(logits)         # (P, 4)
 
-        # Eq. 2, first term: - log p(class) of every query. Most of them are to predict "no object",
-        # so it weighs 0.1 (3.1); cross_entropy divides by the sum of the weights, not by B N.
+        # Eq. 2, first term: - log p(class) of every query. Most should predict "no object", so that
+        # class has the weight 0.1 (3.1); cross_entropy divides by the sum of weights, not by B N.
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
         classes[image_index, query_index] = labels                  # (B, N)
         weight = self.class_weight.to(logits)
@@ -515,13 +518,14 @@ def resized_size(height, width, size, max_size):
     return (short_side, long_side) if height < width else (long_side, short_side)
 
 def normalize(image):
-    """(..., 3, h, w) uint8, or floats in [0, 1], by the mean and std of ImageNet's pixels."""
+    """Normalise (..., 3, h, w), uint8 or floats in [0, 1], with the mean and std of ImageNet."""
     image = image / 255 if image.dtype == torch.uint8 else image
     channels = zip(image.unbind(-3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=-3)
 
 def to_tensor(image):
-    """An RGB PIL image as a tensor (3, h, w) uint8, or such a tensor as it is, else TypeError."""
+    """An RGB PIL image as a uint8 tensor (3, h, w). A tensor (3, h, w) is returned unchanged.
+    Raises TypeError for anything else."""
     if torch.is_tensor(image) and image.dim() == 3 and len(image) == 3:
         return image
     if getattr(image, "mode", None) != "RGB":
@@ -535,9 +539,11 @@ def detect(model, images, threshold=0.7):
     """Find the objects (paper: Listing 1) in one or a list of RGB images, PIL or tensors (3, h, w),
     uint8 or float in [0, 1]. Returns one dict per image, the best detection first: `scores` (n,)
     above `threshold`, `labels` (n,), `boxes` (n, 4) x0 y0 x1 y1 in pixels, `names`, and `queries`
-    (n,), their indices. The model works in eval mode. Raises TypeError for anything else."""
+    (n,), their indices. The model runs in eval mode. Raises TypeError for anything else."""
     images = images if isinstance(images, (list, tuple)) else [images]
     images = [to_tensor(image) for image in images]
+    if not images:
+        return []
     weight = model.query_embed.weight
     inputs = []
     for image in images:
@@ -594,14 +600,15 @@ def read_checkpoint(source):
         state = {key.removeprefix(prefix): value for key, value in state.items()
                  if not key.endswith("num_batches_tracked")}        # frozen norms have no counter
     except Exception as error:
-        raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): truncated, "
-                         "or with code, which is never run; download or save it again") from error
+        raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): it is "
+                         "truncated or contains code, which is never run; download or save it "
+                         "again") from error
     return {**file, "model": state, "config": {"dilation": "-dc5" in path.name, **config}}
 
 def load_detr(source, num_classes=None, device="cpu"):
     """A DETR in eval mode, with `.classes`, the names by label. The architecture is read from the
     weights; the rest from the file, by default 8 heads, no dilation, size 800, COCO's classes. If
-    `num_classes` is another, the class head is new. Raises ValueError if the weights do not fit."""
+    `num_classes` differs, the class head is new. Raises ValueError if the weights do not fit."""
     checkpoint = read_checkpoint(source)
     state, config = checkpoint["model"], checkpoint["config"]
     body = "backbone.0.body."
@@ -627,7 +634,7 @@ def load_detr(source, num_classes=None, device="cpu"):
             state["class_embed.bias"] = model.class_embed.bias
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"cannot build a DETR from {source}: missing or wrong: {error}") from error
+        raise ValueError(f"cannot build a DETR from {source}, missing or wrong: {error}") from error
     names = checkpoint.get("classes", COCO_CLASSES)
     if len(names) == len(model.classes):
         model.classes = list(names)

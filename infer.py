@@ -24,7 +24,7 @@ from detr_mini import ZOO, detect, load_detr, resized_size
 COLORS = ["#ff8c00", "#1f77ff", "#00a651", "#e6194b", "#911eb4", "#00b8d4", "#f032e6", "#808000"]
 
 def run(args):
-    """Detect in each image, print, draw and save. Returns how many images were skipped."""
+    """Detect objects in each image; print, draw and save them. Returns the number skipped."""
     sources = find_images(args.images)
     check(args, sources)                # before a model is downloaded
     device = choose_device(args.device)
@@ -54,7 +54,7 @@ def run(args):
     return skipped
 
 def find_images(names):
-    """The images that are named or lie in a named folder. ValueError if a folder has none."""
+    """The images named, and those in named folders. Raises ValueError if a folder has none."""
     sources = []
     for name in names:
         inside = [name]
@@ -68,8 +68,8 @@ def find_images(names):
     return list(dict.fromkeys(sources))         # each once, even if it is named twice
 
 def check(args, sources):
-    """Raises ValueError or OSError if an output would overwrite an image or cannot be written, or
-    if two images would have the same id in the JSON file."""
+    """Raise ValueError or OSError if an output would overwrite a named image or cannot be written,
+    or if two images would have the same id in the JSON file."""
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold:g}: scores lie between 0 and 1")
     paths = [Path(source) for source in sources if os.path.exists(source)]
@@ -84,7 +84,7 @@ def check(args, sources):
             other = ids.setdefault(image_id(source), source)
             if other != source:
                 raise ValueError(f"--json: {other} and {source} would have the same image_id, "
-                                 f"{image_id(source)}: rename one of them")
+                                 f"{image_id(source)}: detect in them separately")
         args.json.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.json.parent).close()        # OSError if it is read-only
     args.out.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def save(path, write):
         temporary.unlink(missing_ok=True)
 
 def choose_device(name):
-    """The device of this name; the best one for "auto". Raises ValueError if it is not there."""
+    """The device called `name`, or the best for "auto". Raises ValueError if not available."""
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     best = "cuda" if torch.cuda.is_available() else best
     if name.split(":")[0] not in ("auto", "cpu", best):

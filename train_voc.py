@@ -40,7 +40,7 @@ from detr_mini import (DETR, BasicBlock, HungarianMatcher, ResNet, SetCriterion,
 from infer import SUFFIXES, choose_device, choose_dtype, open_image, save
 
 # ---- Settings ------------------------------------------------------------------------------------
-FINE_TUNE = dict(           # a trained DETR on other images: the paper's rates, one GPU's batch
+FINE_TUNE = dict(           # for a trained DETR: the paper's learning rates, one GPU's batch
     epochs=40,
     batch_size=16,          # images per step, over all processes
     lr=1e-4,
@@ -109,7 +109,9 @@ def set_up(args):
 def load_model(args, classes):
     """The model to start from, and which of `classes` its head does not know. A resumed run reads
     its own checkpoint, and no other file; with --eval, a model keeps its own classes."""
-    if args.model == "tiny" and not args.eval:
+    if args.model == "tiny" and args.eval:
+        raise ValueError(f"--model tiny is untrained: evaluate {args.output / 'best.pth'}")
+    if args.model == "tiny":
         model = tiny(len(classes))
         model.classes = classes
     else:
@@ -126,8 +128,8 @@ def load_model(args, classes):
     return model.to(args.device, memory_format=torch.channels_last), new
 
 def keep_known_classes(model, classes):
-    """Give `model` a head for `classes`. The rows of those that it knows and of "no object" are
-    kept, so it predicts them from the first step. Returns the names that start untrained."""
+    """Give `model` a head for `classes`. Known classes and "no object" keep their rows, so they
+    are predicted from the first step. Returns the names that start untrained."""
     head = model.class_embed
     known = {name: label for label, name in enumerate(model.classes)}
     rows = [known.get(name, known.get(COCO_NAMES.get(name))) for name in classes]
@@ -157,15 +159,15 @@ def make_loader(part, records, model, args):
 
 # ---- Training ------------------------------------------------------------------------------------
 def train(model, criterion, loader, val_loader, args):
-    """All epochs, or the rest of a resumed run: set rate and size, train, evaluate, save."""
+    """Run all epochs, or the rest of a resumed run: set rate and size, train, evaluate, save."""
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone")]
     groups = [{"params": others}, {"params": model.backbone.parameters()}]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if args.resume:
-        for name, part in state.items():
-            part.load_state_dict(args.resumed[name])
+        for name, item in state.items():
+            item.load_state_dict(args.resumed[name])
     history = args.resumed.get("history", [])
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     args.output.mkdir(parents=True, exist_ok=True)
@@ -204,37 +206,37 @@ def train(model, criterion, loader, val_loader, args):
         log(f"{line}  ETA {timedelta(seconds=round(left))}")
     log(f"try it: python infer.py IMAGE --weights {args.output / 'best.pth'}")
 
-def train_one_epoch(model, criterion, optimizer, scaler, loader, title, args):
-    """One pass over the training images; returns the averages of the losses."""
-    model.train()
+def train_one_epoch(network, criterion, optimizer, scaler, loader, title, args):
+    """Train on every image once. Returns the averages of the losses."""
+    network.train()
     steps = []
     for batch in progress(title, loader, len(loader)):
-        size = math.ceil(len(batch) / args.accumulate)      # images at a time
-        for i in range(0, len(batch), size):
-            part = batch[i:i + size]
-            _, losses = forward(model, criterion, part, args)
-            scaler.scale(losses["loss"] * len(part) / len(batch)).backward()
+        images = math.ceil(len(batch) / args.accumulate)    # at a time
+        for i in range(0, len(batch), images):
+            chunk = batch[i:i + images]
+            _, losses = forward(network, criterion, chunk, args)
+            scaler.scale(losses["loss"] * len(chunk) / len(batch)).backward()
             steps.append({name: value.detach() for name, value in losses.items()})
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        nn.utils.clip_grad_norm_(network.parameters(), 0.1)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    if not all(p.isfinite().all() for p in model.parameters()):
+    if not all(p.isfinite().all() for p in network.parameters()):
         raise ValueError(f"weights are not finite after {title}: --resume with a lower --lr")
     return averages(steps)
 
-def forward(model, criterion, batch, args):
+def forward(network, criterion, batch, args):
     """Outputs for a batch [(image, target)], and its losses, with their weighted sum as `loss`."""
     images = [normalize(image.to(args.device, non_blocking=True)) for image, _ in batch]
     targets = [{name: target[name].to(args.device, non_blocking=True)
                 for name in ("labels", "boxes")} for _, target in batch]
     with torch.autocast(args.device.type, args.dtype, enabled=args.dtype != torch.float32):
-        outputs = model(images)
+        outputs = network(images)
     losses = criterion(outputs, targets)
-    if model.training and args.encoder_loss:
-        network = getattr(model, "module", model)       # what DistributedDataParallel wraps
-        losses |= encoder_losses(network, outputs["memory"], images[0].shape[1:], targets)
+    if network.training and args.encoder_loss:
+        model = getattr(network, "module", network)     # inside DistributedDataParallel
+        losses |= encoder_losses(model, outputs["memory"], images[0].shape[1:], targets)
     return outputs, losses | {"loss": criterion.total(losses)}
 
 # ---- Evaluation and files ------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def evaluate(model, criterion, loader, args):
     gathered = [results] * WORLD
     if WORLD > 1:
         dist.all_gather_object(gathered, results)
-    # Of n processes, each has every n-th image; the sampler pads the last round with repeats.
+    # Each of n processes has every n-th image; the sampler pads the last round with repeats.
     predictions = [result for of_each in zip(*gathered) for result in of_each]
     records = loader.dataset.records
     ignore = not args.count_difficult
@@ -273,15 +275,15 @@ def save_run(model, state, history, args):
         save(args.output / "best.pth", partial(torch.save, {"model": half, **about}))
     settings = {name: getattr(args, name) for name in SAVED}
     checkpoint = {**about, "history": history, "settings": settings}
-    checkpoint |= {name: part.state_dict() for name, part in state.items()}
+    checkpoint |= {name: item.state_dict() for name, item in state.items()}
     save(args.output / "checkpoint.pth", partial(torch.save, checkpoint))
     save_log(history, args)
 
 # ---- Augmentation (paper: 4): change it by changing a list ---------------------------------------
 def augmentation(size, max_size):
-    """The transforms to train a model with at its own size; see `resized_size` for `max_size`."""
+    """The training transforms for a model's own size of images; see `resized_size`."""
     if max_size is None:
-        return tiny_augmentation(*resized_size(1, 1, size, None))
+        return tiny_augmentation(*resized_size(1, 1, size, None))       # 1, 1: of any image
 
     def scaled(*sides):         # the paper's are written for a shorter side of 800
         return [round(side * size / 800) for side in sides]
@@ -294,7 +296,7 @@ def augmentation(size, max_size):
     ])
 
 class RandomSizeCrop(v2.RandomCrop):
-    """A random window of `low` to `high` pixels per side, or the whole side if it is shorter."""
+    """Crop a random window, `low` to `high` pixels per side, or the whole side if shorter."""
 
     def __init__(self, low, high):
         super().__init__(high)
@@ -311,7 +313,7 @@ SAVED = ("data", "train", "val", "model", "size", "epochs", "batch_size", "accum
          "seed", "count_difficult", "workers")          # the options that --resume remembers
 
 def parse(argv):
-    """The options; with --resume, those of that run unless given again; then the recipe's."""
+    """Parse the options. Defaults are those of the resumed run, if any, and of the recipe."""
     parser = argparse.ArgumentParser(prog="train_voc.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -341,6 +343,8 @@ def parse(argv):
     resumed = {}
     if args.resume:
         file = args.output / "checkpoint.pth"
+        if not file.exists():
+            raise ValueError(f"--resume: no epoch was completed, so there is no {file}: start anew")
         resumed = read_checkpoint(file)
         settings = resumed.get("settings", {})
         if "size" not in settings:
@@ -351,7 +355,7 @@ def parse(argv):
         for name in ("epochs", "model", "size"):
             if getattr(args, name) != settings[name]:
                 raise ValueError(f"--resume keeps the --{name} of its run: to change it, start a "
-                                 f"new run with --model {args.output / 'best.pth'}")
+                                 f"run with --model {args.output / 'best.pth'}, another --output")
     recipe = TINY if args.model == "tiny" else FINE_TUNE
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(resumed=resumed, **{**vars(args), **recipe, **given})
@@ -366,12 +370,12 @@ def main(argv=None):
         # From a worker's traceback, keep only the last line.
         message = " ".join(re.split(r"\n[\w.]+Error: ", str(error))[-1].split())
         if "out of memory" in message:
-            message += ": raise --accumulate, and --resume"
+            message += ": raise --accumulate (and --resume, after the first epoch)"
         if "numeric entries" in message:
             message += ": the loss is not finite, use a lower --lr"
         print(f"train_voc.py: error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("train_voc.py: stopped; --resume continues after the last epoch", file=sys.stderr)
+        print("train_voc.py: stopped; --resume continues from the last checkpoint", file=sys.stderr)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
@@ -380,7 +384,7 @@ def main(argv=None):
 # ==== Appendix: a small detector from scratch =====================================================
 TINY = FINE_TUNE | dict(    # 2.2 M parameters from scratch, on a CPU
     epochs=400,
-    batch_size=8,           # small, for more steps per epoch: they cost the same
+    batch_size=8,           # small, for more steps per epoch; an epoch takes as long
     lr=6e-4,
     lr_backbone=1,
     rate=lambda done: min(0.05 + 60 * done, 1, 1.5 - 1.5 * done),       # warm-up, ..., down to 0
@@ -398,8 +402,8 @@ def tiny(num_classes):
     return model
 
 def tiny_sizes(epoch, epochs):
-    """The one thing that changes during a run: for the first 40 epochs, or the first third of a
-    short run, images have half the size. A best.pth from that part infers at that size."""
+    """For the first 40 epochs, or the first third of a short run, images have half the size. A
+    best.pth from that part infers at half the size as well."""
     return (96, 128) if epoch < min(40, epochs / 3) else (192, 256), None
 
 def tiny_augmentation(height, width):
@@ -430,9 +434,9 @@ def encoder_losses(model, memory, image_size, targets):
     return {f"{name}_enc": losses[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
 
 def match_locations(height, width, outputs, targets):
-    """Match each location of the feature map to the object in whose box its centre lies; if it lies
-    in several, to the one whose centre is nearest, measured in sizes of the box. An object that
-    contains no centre gets the nearest location. Returns what `HungarianMatcher` returns."""
+    """Match each location of the feature map to the object whose box contains its centre; if there
+    are several, to the nearest in units of box size. An object also takes the location nearest to
+    its centre, unless another object claims it. Returns what `HungarianMatcher` returns."""
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     centres = torch.stack((x.flatten() / width, y.flatten() / height), dim=1)   # (S, 2)
     matches = []
@@ -441,7 +445,7 @@ def match_locations(height, width, outputs, targets):
         offset = (centres[:, None] - boxes[:, :2]).abs() / boxes[:, 2:]         # (S, M, 2)
         distance = offset.amax(-1)                              # (S, M), below 1/2 inside the box
         distance[distance.argmin(0), torch.arange(len(boxes))] = 0
-        distance = nn.functional.pad(distance, (0, 1), value=0.5)       # no object: the last
+        distance = nn.functional.pad(distance, (0, 1), value=0.5)       # the last: no object
         nearest = distance.argmin(1)                            # (S,)
         locations = (nearest < len(boxes)).nonzero()[:, 0]
         matches.append((locations, nearest[locations]))
@@ -467,6 +471,8 @@ def load_data(args):
         for name in sum(names.values(), []):
             fetch_voc(name)
     data = Path(args.data or "data/VOCdevkit")
+    if not data.is_dir():
+        raise ValueError(f"--data {data}: there is no such folder")
     xmls, images, lists = find_files(data)
     alone = xmls.keys() - images.keys()
     other = {k for k in alone if not any(map(is_annotation, xmls[k]))}
@@ -493,6 +499,8 @@ def load_data(args):
 def fetch_voc(name):
     """Download a set of VOC, such as VOC2012/train, to data/VOCdevkit, unless it is there."""
     year, _, part = name.removeprefix("VOC").partition("/")
+    if not part:
+        raise ValueError(f"{name}: name the year as well, such as VOC2012/{name}, or pass --data")
     file = Path(f"data/VOCdevkit/VOC{year}/ImageSets/Main/{part}.txt")
     try:
         if RANK == 0 and not file.exists():
@@ -531,15 +539,15 @@ def key(path):
     return *(folder for folder in folders if folder not in KINDS), ENDINGS.sub("", name)
 
 def find_sets(data, names, keys, lists):
-    """{part: keys} for {part: names of its sets, or None}, and notes. If no set is named and there
-    is no list or folder train, val or test, a fifth of the keys is val, chosen by a hash of their
-    names, so that images added later hardly change it."""
+    """Choose the keys of "train" and "val", given the names of their sets, or None; also returns
+    notes. If no set is named and no list or folder is called train, val or test, a fifth of the
+    keys becomes val, chosen by a hash of their names: images added later hardly change it."""
     present = set(lists).union(*(k[:-1] for k in keys))
     if any(names.values()) or present & {"train", "val", "test"}:
         return {part: [k for name in named or [part] for k in find_set(data, name, keys, lists)]
                 for part, named in names.items()}, []
     if len(keys) < len(names):
-        raise ValueError(f"{data} holds {len(keys)} XML files in VOC's format, too few to split")
+        raise ValueError(f"{data} holds {len(keys)} XML files in VOC's format, too few to use")
     by_hash = sorted(keys, key=lambda k: (zlib.crc32(k[-1].encode(errors="surrogateescape")), k))
     count = math.ceil(len(keys) / 5)
     sets = {"val": by_hash[:count], "train": by_hash[count:]}
@@ -549,7 +557,7 @@ def find_sets(data, names, keys, lists):
 
 def find_set(data, name, keys, lists):
     """The keys of a set: those in the list ImageSets/Main/NAME.txt, wherever below `data` it lies,
-    or all with a folder NAME. A/NAME is looked for below the folder A only."""
+    or all with a folder NAME. A/NAME is searched for only below the folder A."""
     folder, part = data / Path(name).parent, Path(name).name
     listed = [path for path in lists.get(part, []) if folder in path.parents]
     if len(listed) > 1:
@@ -581,9 +589,9 @@ def read_list(path, data, keys):
     return found
 
 def read_record(k, xmls, images):
-    """The record of a key: `path` of the image, `upright` (turn it by its EXIF), `size` (h, w),
-    `names` (M,), `boxes` (M, 4) x0 y0 x1 y1 in pixels from 0, `difficult` (M,), and `wrong_size`,
-    whether <size> is not the image's. An error is returned, so that all can be reported."""
+    """Read the files of a key: `path` of the image, `upright` (apply its EXIF rotation), `size`
+    (h, w), `names` (M,), `boxes` (M, 4) x0 y0 x1 y1 in pixels from 0, `difficult` (M,), and
+    `wrong_size` (<size> is not the image's). Returns errors, so that all can be reported."""
     files = [*xmls.get(k, []), *images.get(k, [])]
     try:
         if len(xmls.get(k, [])) != 1 or len(images.get(k, [])) != 1:
@@ -635,7 +643,7 @@ def is_annotation(path):
 
 class VOC(Dataset):
     """Images (3, h, w) uint8, and targets: `boxes` (M, 4) cx, cy, w, h in [0, 1], `labels` (M,) and
-    `size`, the file's (h, w). A `transform` is for training, and leaves out difficult objects.
+    `size`, the file's (h, w). With a `transform`, for training, difficult objects are left out.
     Without one, images are resized to `sizes`, as in `detect`."""
 
     def __init__(self, records, classes, sizes, transform=None):
@@ -653,17 +661,18 @@ class VOC(Dataset):
             keep = has_area & (labels >= 0)
             self.records.append(record | {"boxes": boxes[keep], "labels": labels[keep],
                                           "difficult": record["difficult"][keep]})
-            counts["of other classes left out"] += int((labels < 0).sum())
-            counts["clipped to the image"] += int((boxes != record["boxes"])[keep].any(1).sum())
-            counts["without area dropped"] += int((~has_area).sum())
-            counts["marked difficult"] += int(record["difficult"][keep].sum())
+            counts["objects of other classes left out"] += int((labels < 0).sum())
+            clipped = (boxes != record["boxes"]).any(1)
+            counts["boxes clipped to the image"] += int(clipped[keep].sum())
+            counts["boxes without area dropped"] += int((~has_area).sum())
+            counts["objects marked difficult"] += int(record["difficult"][keep].sum())
         objects = sum(len(record["labels"]) for record in self.records)
         notes = [f"{count} {what}" for what, count in counts.items() if count]
         wrong = [record["path"] for record in records if record["wrong_size"]]
         if wrong:
             notes.append(f"{len(wrong)} images whose <size> is wrong, such as {wrong[0]}")
         self.summary = "; ".join([f"{len(records)} images, {objects} objects", *notes])
-        if transform and objects == counts["marked difficult"]:
+        if transform and objects == counts["objects marked difficult"]:
             raise ValueError(f"nothing to train on: {self.summary}")
 
     def __len__(self):
@@ -705,12 +714,12 @@ def coco_ap(predictions, targets, num_classes):
             order = np.flatnonzero(labels == label)
             order = order[np.argsort(-scores[order], kind="stable")]
             counts = ~ignored[:, order]                             # (T, D)
-            true = np.cumsum(hits[:, order] & counts, axis=1)
-            exact = true / (np.cumsum(counts, axis=1) + np.spacing(1))
-            exact = np.maximum.accumulate(exact[:, ::-1], axis=1)[:, ::-1]  # at this recall or more
+            found = np.cumsum(hits[:, order] & counts, axis=1)
+            curve = found / (np.cumsum(counts, axis=1) + np.spacing(1))     # precision
+            curve = np.maximum.accumulate(curve[:, ::-1], axis=1)[:, ::-1]  # at this recall or more
             for t in range(len(IOUS)):
-                at = np.searchsorted(true[t] / positives[label], RECALLS)
-                precision[area][label, t] = np.append(exact[t], 0)[at]
+                at = np.searchsorted(found[t] / positives[label], RECALLS)      # (R,)
+                precision[area][label, t] = np.append(curve[t], 0)[at]
     all_areas = precision.pop("")                                   # (K, T, R)
     metrics = {"AP": mean(all_areas), "AP50": mean(all_areas[:, 0]), "AP75": mean(all_areas[:, 5])}
     metrics |= {f"AP{area}": mean(values) for area, values in precision.items()}
@@ -736,7 +745,7 @@ def match_boxes(prediction, target, low, high):
     free = np.ones((len(IOUS), len(true_boxes)), bool)
 
     inner, union, _ = (value.numpy() for value in box_areas(boxes, true_boxes))     # (D, G) each
-    iou = inner / np.where(crowd, area[:, None], union)
+    iou = inner / np.where(crowd, area[:, None], union)             # a crowd: the share inside it
     iou[labels[order, None] != true_labels] = 0
     for d in np.flatnonzero((iou >= IOUS[0]).any(1)):
         can = (iou[d] >= IOUS[:, None]) & (free | crowd)            # (T, G)
