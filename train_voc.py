@@ -120,8 +120,7 @@ def load_model(args, classes):
         model = load_detr(source, num_classes=len(classes) if headless else None)
     if args.size is not None:
         if model.sizes[1] is None:
-            raise ValueError(f"--size is not for {args.model}, whose images are all resized to "
-                             f"{model.sizes[0]}")
+            raise ValueError(f"--size: {args.model} resizes every image to {model.sizes[0]}")
         model.sizes = args.size, round(args.size * 1333 / 800)
     new = [] if args.eval else keep_known_classes(model, classes)
     model.aux_loss = True
@@ -328,8 +327,7 @@ def parse(argv):
         "GPU; not for models of one fixed size, such as tiny (default: the model's, 800)")
     add("--epochs", type=int, help=f"default: {FINE_TUNE['epochs']}; tiny: {TINY['epochs']}")
     add("--batch-size", type=int, metavar="N", help="images per step (default: 16; tiny: 8)")
-    add("--accumulate", type=int, default=1, metavar="N", help="split each step into N parts to "
-        "save memory (default: 1)")
+    add("--accumulate", type=int, default=1, metavar="N", help="parts per step, to save memory")
     add("--lr", type=float, help=f"learning rate (default: {FINE_TUNE['lr']}; tiny: {TINY['lr']})")
     add("--count-difficult", action="store_true", help="count difficult objects when evaluating")
     add("--output", type=Path, default="outputs", metavar="DIR", help="default: %(default)s")
@@ -348,14 +346,13 @@ def parse(argv):
         resumed = read_checkpoint(file)
         settings = resumed.get("settings", {})
         if "size" not in settings:
-            raise ValueError(f"{file} is from another program or version: start a new run from it "
-                             f"with --model {file} and another --output")
+            raise ValueError(f"{file} is from another version: start a run with --model {file}")
         parser.set_defaults(**settings)
         args = parser.parse_args(argv)
         for name in ("epochs", "model", "size"):
             if getattr(args, name) != settings[name]:
-                raise ValueError(f"--resume keeps the --{name} of its run: to change it, start a "
-                                 f"run with --model {args.output / 'best.pth'}, another --output")
+                raise ValueError(f"--resume keeps --{name}: to change it, start a new run, with "
+                                 f"another --output and --model {args.output / 'best.pth'}")
     recipe = TINY if args.model == "tiny" else FINE_TUNE
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(resumed=resumed, **{**vars(args), **recipe, **given})
