@@ -116,7 +116,7 @@ def load_model(args, classes):
         model.classes = classes
     else:
         source = args.output / "checkpoint.pth" if args.resume else args.model
-        headless = "class_embed.bias" not in read_checkpoint(source)["model"]
+        headless = "class_embed.bias" not in (args.resumed or read_checkpoint(source))["model"]
         model = load_detr(source, num_classes=len(classes) if headless else None)
     if args.size is not None:
         if model.sizes[1] is None:
@@ -424,13 +424,13 @@ def encoder_losses(model, memory, image_size, targets):
     outputs = {"pred_logits": model.class_embed(memory),
                "pred_boxes": model.bbox_embed(memory).sigmoid()}
     stride = model.backbone[0].body.stride
-    matcher = partial(match_locations, *(math.ceil(side / stride) for side in image_size))
-    criterion = SetCriterion(len(model.classes), matcher, eos_coef=1)
-    pairs = sum(len(locations) for locations, _ in matcher(outputs, targets))
+    matches = match_locations(*(math.ceil(side / stride) for side in image_size), targets)
+    criterion = SetCriterion(len(model.classes), lambda *_: matches, eos_coef=1)
+    pairs = sum(len(locations) for locations, _ in matches)
     losses = criterion.layer_losses(outputs, targets, max(1, pairs))
     return {f"{name}_enc": losses[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
 
-def match_locations(height, width, outputs, targets):
+def match_locations(height, width, targets):
     """Match each location of the feature map to the object whose box contains its centre; if there
     are several, to the nearest in units of box size. An object also takes the location nearest to
     its centre, unless another object claims it. Returns what `HungarianMatcher` returns."""
